@@ -1,0 +1,9691 @@
+/* kvmeta - see kvmeta.h */
+/* ==========================================================================
+ * Configuration and platform
+ *
+ * Feature macros, headers, and the few things that differ between compilers
+ * and processors. Everything below this section is plain C11 and POSIX.
+ * ========================================================================== */
+
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#  define _GNU_SOURCE 1           /* MADV_HUGEPAGE, MAP_ANONYMOUS, getrandom */
+#elif defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#  define _DARWIN_C_SOURCE 1      /* F_FULLFSYNC */
+#elif !defined(_POSIX_C_SOURCE) && !defined(__FreeBSD__) \
+    && !defined(__NetBSD__) && !defined(__OpenBSD__)
+#  define _POSIX_C_SOURCE 200809L
+#endif
+
+#include "kvmeta.h"
+
+#include <assert.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+#define ZSTD_STATIC_LINKING_ONLY   /* contexts from realloc_fn */
+#include <zstd.h>
+
+#if defined(__linux__)
+#  include <sys/random.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#  include <immintrin.h>
+#  define KV_X86 1
+#else
+#  define KV_X86 0
+#endif
+#if defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
+#  include <arm_acle.h>
+#  define KV_ARM_CRC 1
+#else
+#  define KV_ARM_CRC 0
+#endif
+
+#if defined(__GNUC__)
+#  define KV_LIKELY(x) __builtin_expect(!!(x), 1)
+#  define KV_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#  define KV_PREFETCH(p) __builtin_prefetch(p)
+#  define KV_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#  define KV_NOINLINE __attribute__((noinline))
+#else
+#  define KV_LIKELY(x) (x)
+#  define KV_UNLIKELY(x) (x)
+#  define KV_PREFETCH(p) ((void)(p))
+#  define KV_PRINTF(fmt, args)
+#  define KV_NOINLINE
+#endif
+
+/* A test build may define this to run a seeded scheduler: it marks the places
+ * where the interleaving of threads matters. */
+#ifndef KV_SCHED_POINT
+#  define KV_SCHED_POINT(name) ((void)0)
+#endif
+
+/* A test build may break one rule of the protocol, to show that the tests
+ * notice: KVMETA_MUTANT=n makes KV_MUTANT(n) true. */
+#ifndef KVMETA_MUTANT
+#  define KVMETA_MUTANT 0
+#endif
+#define KV_MUTANT(n) (KVMETA_MUTANT == (n))
+
+/* ==========================================================================
+ * Limits and results
+ * ========================================================================== */
+
+enum {
+    KV_CACHE_LINE = 64,
+    KV_UUID_BYTES = 16,
+    KV_SALT_BYTES = 16,
+    KV_LOGS_WAITING_MAX = 8,      /* sealed logs before writers wait */
+    KV_TABLES_MAX = 1024,
+    KV_RETRIES_MAX = 100,         /* of a system call that says EINTR */
+    KV_NAME_BYTES = 32
+};
+
+/* Internal results, never returned by a public function. */
+enum {
+    KV_END = 100,                 /* a source has no more records */
+    KV_STOPPED = 101              /* the store is closing; give up quietly */
+};
+
+/* The widths of a store and what follows from them. Immutable after open. */
+struct kv_shape {
+    uint32_t key_bytes;
+    uint32_t value_bytes;
+    uint32_t tail_bytes;          /* of a key, behind its first 8 bytes */
+    uint32_t record_bytes;        /* key_bytes + value_bytes */
+};
+
+static int kv_shape_init(struct kv_shape *shape, uint32_t key_bytes,
+                         uint32_t value_bytes)
+{
+    if (key_bytes < 1 || key_bytes > KVMETA_KEY_BYTES_MAX)
+        return KVMETA_E_INVALID;
+    if (value_bytes > KVMETA_VALUE_BYTES_MAX)
+        return KVMETA_E_INVALID;
+
+    shape->key_bytes = key_bytes;
+    shape->value_bytes = value_bytes;
+    shape->tail_bytes = key_bytes > 8 ? key_bytes - 8 : 0;
+    shape->record_bytes = key_bytes + value_bytes;
+    return KVMETA_OK;
+}
+
+static uint64_t kv_min(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static uint64_t kv_max(uint64_t a, uint64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* `align` is a power of two. */
+static uint64_t kv_align_up(uint64_t n, uint64_t align)
+{
+    assert(align > 0);
+    assert((align & (align - 1)) == 0);
+    return (n + align - 1) & ~(align - 1);
+}
+
+/* ==========================================================================
+ * Little-endian codec
+ *
+ * All integers on disk go through these; compilers turn each into one load
+ * or store. kv_load_be64 reads the head of a key, whose order as a number is
+ * the order of its bytes.
+ * ========================================================================== */
+
+static uint32_t kv_load_le32(const void *p)
+{
+    const unsigned char *b = p;
+
+    return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16
+        | (uint32_t)b[3] << 24;
+}
+
+static uint64_t kv_load_le64(const void *p)
+{
+    const unsigned char *b = p;
+
+    return (uint64_t)kv_load_le32(b) | (uint64_t)kv_load_le32(b + 4) << 32;
+}
+
+static void kv_store_le32(void *p, uint32_t v)
+{
+    unsigned char *b = p;
+
+    b[0] = (unsigned char)v;
+    b[1] = (unsigned char)(v >> 8);
+    b[2] = (unsigned char)(v >> 16);
+    b[3] = (unsigned char)(v >> 24);
+}
+
+static void kv_store_le64(void *p, uint64_t v)
+{
+    unsigned char *b = p;
+
+    kv_store_le32(b, (uint32_t)v);
+    kv_store_le32(b + 4, (uint32_t)(v >> 32));
+}
+
+static uint64_t kv_load_be64(const void *p)
+{
+    const unsigned char *b = p;
+
+    return (uint64_t)b[0] << 56 | (uint64_t)b[1] << 48 | (uint64_t)b[2] << 40
+        | (uint64_t)b[3] << 32 | (uint64_t)b[4] << 24 | (uint64_t)b[5] << 16
+        | (uint64_t)b[6] << 8 | (uint64_t)b[7];
+}
+
+static void kv_store_be64(void *p, uint64_t v)
+{
+    unsigned char *b = p;
+
+    for (int i = 0; i < 8; i++)
+        b[i] = (unsigned char)(v >> (56 - 8 * i));
+}
+
+/* The first 8 bytes of a key as a number; shorter keys count as if followed
+ * by zeros, which keeps their order because all keys have one width. */
+static uint64_t kv_key_head(const struct kv_shape *shape, const void *key)
+{
+    unsigned char padded[8] = {0};
+
+    if (KV_LIKELY(shape->key_bytes >= 8)) return kv_load_be64(key);
+    memcpy(padded, key, shape->key_bytes);
+    return kv_load_be64(padded);
+}
+
+/* ==========================================================================
+ * CRC32C
+ *
+ * The Castagnoli polynomial 0x1EDC6F41, reflected, as in iSCSI (RFC 3720).
+ * A sum starts from a seed that depends on the file (kv_crc_file_seed), so
+ * that bytes of another file, or of an earlier one, never validate. The same
+ * sums come from the processor's instruction and from a table.
+ * ========================================================================== */
+
+struct kv_crc {
+    bool hardware;
+    uint32_t table[256];
+};
+
+static void kv_crc_init(struct kv_crc *crc, bool allow_hardware)
+{
+#if KV_X86
+    crc->hardware = allow_hardware && __builtin_cpu_supports("sse4.2");
+#else
+    crc->hardware = allow_hardware && KV_ARM_CRC;
+#endif
+    if (crc->hardware) return;
+
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t c = i;
+
+        for (int bit = 0; bit < 8; bit++)
+            c = (c & 1) ? (c >> 1) ^ 0x82F63B78u : c >> 1;
+        crc->table[i] = c;
+    }
+}
+
+#if KV_X86
+__attribute__((target("sse4.2")))
+static uint32_t kv_crc_hardware(uint32_t sum, const unsigned char *p, size_t n)
+{
+    uint64_t wide = sum;
+
+    for (; n >= 8; n -= 8, p += 8)
+        wide = _mm_crc32_u64(wide, kv_load_le64(p));
+    sum = (uint32_t)wide;
+    for (; n > 0; n--) sum = _mm_crc32_u8(sum, *p++);
+    return sum;
+}
+#elif KV_ARM_CRC
+static uint32_t kv_crc_hardware(uint32_t sum, const unsigned char *p, size_t n)
+{
+    for (; n >= 8; n -= 8, p += 8) sum = __crc32cd(sum, kv_load_le64(p));
+    for (; n > 0; n--) sum = __crc32cb(sum, *p++);
+    return sum;
+}
+#else
+static uint32_t kv_crc_hardware(uint32_t sum, const unsigned char *p, size_t n)
+{
+    (void)p;
+    (void)n;
+    return sum;                   /* never called: crc->hardware is false */
+}
+#endif
+
+/* Continues `sum` (a seed, or the result for the bytes before) over n bytes. */
+static uint32_t kv_crc_add(const struct kv_crc *crc, uint32_t sum,
+                           const void *bytes, size_t n)
+{
+    const unsigned char *p = bytes;
+
+    sum = ~sum;
+    if (crc->hardware) {
+        sum = kv_crc_hardware(sum, p, n);
+    } else {
+        for (; n > 0; n--)
+            sum = (sum >> 8) ^ crc->table[(sum ^ *p++) & 0xff];
+    }
+    return ~sum;
+}
+
+/* ==========================================================================
+ * Digest
+ *
+ * A 128-bit sum over records that does not depend on their order: two lanes
+ * mod 2^64. H mixes each 8-byte word by a bijection, with other odd constants
+ * in each lane (from the fractional parts of square roots of primes, made
+ * odd). Carries (D1): the digest of a version is the sum of H over its
+ * records; every change subtracts the old record and adds the new one.
+ * Tombstones have a sum of their own, for the balance of a merge.
+ * ========================================================================== */
+
+#define KV_DIGEST_SEED_A 0x6A09E667F3BCC908u
+#define KV_DIGEST_SEED_B 0xBB67AE8584CAA73Bu
+#define KV_DIGEST_ODD_A 0x3C6EF372FE94F82Bu
+#define KV_DIGEST_ODD_B 0xA54FF53A5F1D36F1u
+#define KV_DIGEST_TOMBSTONE 0x510E527FADE682D1u
+
+static void kv_digest_mix(struct kvmeta_digest *h, uint64_t word)
+{
+    h->lo = (h->lo ^ word) * KV_DIGEST_ODD_A;
+    h->hi = (h->hi ^ word) * KV_DIGEST_ODD_B;
+    h->lo ^= h->lo >> 29;
+    h->hi ^= h->hi >> 29;
+}
+
+static void kv_digest_mix_bytes(struct kvmeta_digest *h, const void *bytes,
+                                size_t n)
+{
+    const unsigned char *p = bytes;
+    unsigned char padded[8] = {0};
+
+    for (; n >= 8; n -= 8, p += 8) kv_digest_mix(h, kv_load_le64(p));
+    if (n == 0) return;
+    memcpy(padded, p, n);
+    kv_digest_mix(h, kv_load_le64(padded));
+}
+
+/* H(key, value); value NULL: of a tombstone. */
+static struct kvmeta_digest kv_digest_record(const struct kv_shape *shape,
+                                             const void *key,
+                                             const void *value)
+{
+    struct kvmeta_digest h = {KV_DIGEST_SEED_A, KV_DIGEST_SEED_B};
+
+    kv_digest_mix_bytes(&h, key, shape->key_bytes);
+    if (value)
+        kv_digest_mix_bytes(&h, value, shape->value_bytes);
+    else
+        kv_digest_mix(&h, KV_DIGEST_TOMBSTONE);
+    /* One more round: the last word must reach the high bits of the sum. */
+    kv_digest_mix(&h, shape->record_bytes);
+    return h;
+}
+
+static void kv_digest_add(struct kvmeta_digest *sum, struct kvmeta_digest h)
+{
+    sum->lo += h.lo;
+    sum->hi += h.hi;
+}
+
+static void kv_digest_sub(struct kvmeta_digest *sum, struct kvmeta_digest h)
+{
+    sum->lo -= h.lo;
+    sum->hi -= h.hi;
+}
+
+static bool kv_digest_equal(struct kvmeta_digest a, struct kvmeta_digest b)
+{
+    return a.lo == b.lo && a.hi == b.hi;
+}
+
+/* ==========================================================================
+ * Environment: errors, memory, log
+ *
+ * What every section needs of the host. Immutable after open, but for the
+ * counters. kv_fail is the only place where an error text is made.
+ * ========================================================================== */
+
+struct kv_env {
+    const struct kvmeta_vfs *vfs;
+    void *(*realloc_fn)(void *user, void *old, size_t bytes);   /* or NULL */
+    void (*log_fn)(void *user, int level, const char *message); /* or NULL */
+    void *user;
+    struct kv_shape shape;
+    struct kv_crc crc;
+    unsigned char uuid[KV_UUID_BYTES];
+    int dir;                      /* -1: not open */
+    uint64_t process_id;
+    _Atomic uint64_t bytes_written;
+    _Atomic uint64_t bytes_read;
+};
+
+/* Fills in *err (NULL allowed) and returns `code`. */
+KV_PRINTF(4, 5)
+static int kv_fail(struct kvmeta_error *err, int code, int sys_errno,
+                   const char *format, ...)
+{
+    va_list args;
+
+    assert(code != KVMETA_OK);
+    if (!err) return code;
+    err->code = code;
+    err->sys_errno = sys_errno;
+    va_start(args, format);
+    vsnprintf(err->message, sizeof err->message, format, args);
+    va_end(args);
+    return code;
+}
+
+static int kv_fail_memory(struct kvmeta_error *err, size_t bytes)
+{
+    return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory for %zu bytes",
+                   bytes);
+}
+
+static void *kv_resize(struct kv_env *env, void *old, size_t bytes)
+{
+    assert(bytes > 0);
+    if (env->realloc_fn) return env->realloc_fn(env->user, old, bytes);
+    return realloc(old, bytes);
+}
+
+static void *kv_alloc(struct kv_env *env, size_t bytes)
+{
+    return kv_resize(env, NULL, bytes);
+}
+
+static void *kv_alloc_zeroed(struct kv_env *env, size_t bytes)
+{
+    void *p = kv_alloc(env, bytes);
+
+    if (p) memset(p, 0, bytes);
+    return p;
+}
+
+static void kv_free(struct kv_env *env, void *p)
+{
+    if (!p) return;
+    if (env->realloc_fn)
+        env->realloc_fn(env->user, p, 0);
+    else
+        free(p);
+}
+
+/* Makes room for `need` elements in a growing array; doubles. */
+static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
+                   size_t element_bytes, struct kvmeta_error *err)
+{
+    size_t want = *cap ? *cap : 16;
+    void *p;
+
+    if (need <= *cap) return KVMETA_OK;
+    while (want < need) {
+        if (want > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
+        want *= 2;
+    }
+    if (want > SIZE_MAX / element_bytes) return kv_fail_memory(err, SIZE_MAX);
+    p = kv_resize(env, *array, want * element_bytes);
+    if (!p) return kv_fail_memory(err, want * element_bytes);
+    *array = p;
+    *cap = want;
+    return KVMETA_OK;
+}
+
+KV_PRINTF(3, 4)
+static void kv_log(struct kv_env *env, int level, const char *format, ...)
+{
+    char message[320];
+    va_list args;
+
+    if (!env->log_fn) return;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    env->log_fn(env->user, level, message);
+}
+
+/* ==========================================================================
+ * Files
+ *
+ * The only callers of the vfs. Names are computed from kind and id. Reads and
+ * writes are whole or fail; every failure names the file and the offset. A
+ * full disk is told apart from any other failure (KVMETA_E_NOSPACE).
+ * ========================================================================== */
+
+enum kv_file_kind {
+    KV_FILE_LOCK = 1,
+    KV_FILE_MANIFEST = 2,
+    KV_FILE_MANIFEST_TMP = 3,
+    KV_FILE_LOG = 4,
+    KV_FILE_TABLE = 5
+};
+
+struct kv_file {
+    int handle;                   /* valid while `open` */
+    bool open;
+    uint8_t kind;                 /* enum kv_file_kind */
+    uint64_t id;                  /* of logs and tables */
+};
+
+static void kv_file_name(int kind, uint64_t id, char name[KV_NAME_BYTES])
+{
+    static const char *const fixed[] = {
+        "", "LOCK", "MANIFEST", "MANIFEST.tmp"
+    };
+
+    if (kind <= KV_FILE_MANIFEST_TMP)
+        snprintf(name, KV_NAME_BYTES, "%s", fixed[kind]);
+    else
+        snprintf(name, KV_NAME_BYTES, "%c%016llx.%s",
+                 kind == KV_FILE_LOG ? 'w' : 't', (unsigned long long)id,
+                 kind == KV_FILE_LOG ? "wal" : "tab");
+}
+
+/* The kind of file that has this name exactly, or 0 for one that is not
+ * ours; *id for logs and tables. */
+static int kv_file_parse_name(const char *name, uint64_t *id)
+{
+    char again[KV_NAME_BYTES];
+    uint64_t n = 0;
+    int kind;
+
+    *id = 0;
+    for (kind = KV_FILE_LOCK; kind <= KV_FILE_MANIFEST_TMP; kind++) {
+        kv_file_name(kind, 0, again);
+        if (strcmp(name, again) == 0) return kind;
+    }
+    if (strlen(name) != 21) return 0;
+    if (name[0] != 'w' && name[0] != 't') return 0;
+    for (int i = 1; i <= 16; i++) {
+        const char *digits = "0123456789abcdef";
+        const char *digit = strchr(digits, name[i]);
+
+        if (!digit) return 0;
+        n = n << 4 | (uint64_t)(digit - digits);
+    }
+    kind = name[0] == 'w' ? KV_FILE_LOG : KV_FILE_TABLE;
+    kv_file_name(kind, n, again);
+    if (strcmp(name, again) != 0) return 0;
+    *id = n;
+    return kind;
+}
+
+/* The seed of all sums over bytes of one file. */
+static uint32_t kv_crc_file_seed(const struct kv_env *env, int kind,
+                                 uint64_t id,
+                                 const unsigned char salt[KV_SALT_BYTES])
+{
+    unsigned char bytes[KV_UUID_BYTES + 4 + 8 + KV_SALT_BYTES];
+
+    memcpy(bytes, env->uuid, KV_UUID_BYTES);
+    kv_store_le32(bytes + 16, (uint32_t)kind);
+    kv_store_le64(bytes + 20, id);
+    memcpy(bytes + 28, salt, KV_SALT_BYTES);
+    return kv_crc_add(&env->crc, 0, bytes, sizeof bytes);
+}
+
+static int kv_fail_file(struct kvmeta_error *err, const struct kv_file *file,
+                        int sys_errno, const char *what, uint64_t off)
+{
+    char name[KV_NAME_BYTES];
+    int code = KVMETA_E_IO;
+
+    if (sys_errno == ENOSPC || sys_errno == EDQUOT || sys_errno == EFBIG)
+        code = KVMETA_E_NOSPACE;
+    if (sys_errno == ENOMEM) code = KVMETA_E_NOMEM;
+    kv_file_name(file->kind, file->id, name);
+    return kv_fail(err, code, sys_errno, "%s: %s at %llu: error %d", name,
+                   what, (unsigned long long)off, sys_errno);
+}
+
+/* A rule of the format that does not hold at `off` of the file. */
+KV_PRINTF(4, 5)
+static int kv_fail_corrupt(struct kvmeta_error *err, const struct kv_file *file,
+                           uint64_t off, const char *format, ...)
+{
+    char name[KV_NAME_BYTES];
+    char text[160];
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    kv_file_name(file->kind, file->id, name);
+    return kv_fail(err, KVMETA_E_CORRUPT, 0, "%s: at %llu: %s", name,
+                   (unsigned long long)off, text);
+}
+
+/* flags: enum kvmeta_vfs_open. A missing file is KVMETA_NOT_FOUND; a link or
+ * anything but a regular file is KVMETA_E_CORRUPT. */
+static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
+                        struct kv_file *file, struct kvmeta_error *err)
+{
+    char name[KV_NAME_BYTES];
+    int handle = -1;
+    int e;
+
+    memset(file, 0, sizeof *file);
+    file->kind = (uint8_t)kind;
+    file->id = id;
+    kv_file_name(kind, id, name);
+    for (int i = 0; i < KV_RETRIES_MAX; i++) {
+        e = env->vfs->file_open(env->vfs->user, env->dir, name, flags,
+                                &handle);
+        if (e != EINTR) break;
+    }
+    if (e == ENOENT)
+        return kv_fail(err, KVMETA_NOT_FOUND, e, "%s: missing", name);
+    if (e == EINVAL || e == ELOOP || e == EISDIR || e == ENXIO)
+        return kv_fail(err, KVMETA_E_CORRUPT, e, "%s: not a regular file",
+                       name);
+    if (e) return kv_fail_file(err, file, e, "open", 0);
+    file->handle = handle;
+    file->open = true;
+    return KVMETA_OK;
+}
+
+/* Accepts a zeroed or a closed file. */
+static void kv_file_close(struct kv_env *env, struct kv_file *file)
+{
+    if (!file->open) return;
+    file->open = false;
+    env->vfs->file_close(env->vfs->user, file->handle);
+}
+
+static int kv_file_size(struct kv_env *env, const struct kv_file *file,
+                        uint64_t *bytes, struct kvmeta_error *err)
+{
+    int e = env->vfs->file_size(env->vfs->user, file->handle, bytes);
+
+    return e ? kv_fail_file(err, file, e, "size", 0) : KVMETA_OK;
+}
+
+/* Reads exactly `bytes`; a file that ends before is KVMETA_E_CORRUPT. */
+static int kv_file_read(struct kv_env *env, const struct kv_file *file,
+                        void *buf, size_t bytes, uint64_t off,
+                        struct kvmeta_error *err)
+{
+    unsigned char *p = buf;
+    int retries = 0;
+
+    assert(file->open);
+    while (bytes > 0) {
+        int64_t n = env->vfs->file_read(env->vfs->user, file->handle, p,
+                                        bytes, off);
+
+        if (n == -EINTR && retries++ < KV_RETRIES_MAX) continue;
+        if (n < 0) return kv_fail_file(err, file, (int)-n, "read", off);
+        if (n == 0)
+            return kv_fail_corrupt(err, file, off, "ends here, want %zu more",
+                                   bytes);
+        assert((uint64_t)n <= bytes);
+        env->bytes_read += (uint64_t)n;
+        p += n;
+        off += (uint64_t)n;
+        bytes -= (size_t)n;
+    }
+    return KVMETA_OK;
+}
+
+static int kv_file_write(struct kv_env *env, const struct kv_file *file,
+                         const void *buf, size_t bytes, uint64_t off,
+                         struct kvmeta_error *err)
+{
+    const unsigned char *p = buf;
+    int retries = 0;
+
+    assert(file->open);
+    while (bytes > 0) {
+        int64_t n = env->vfs->file_write(env->vfs->user, file->handle, p,
+                                         bytes, off);
+
+        if (n == -EINTR && retries++ < KV_RETRIES_MAX) continue;
+        if (n == 0) n = -ENOSPC;  /* no progress, and no reason given */
+        if (n < 0) return kv_fail_file(err, file, (int)-n, "write", off);
+        assert((uint64_t)n <= bytes);
+        env->bytes_written += (uint64_t)n;
+        p += n;
+        off += (uint64_t)n;
+        bytes -= (size_t)n;
+    }
+    return KVMETA_OK;
+}
+
+/* A failed sync is always KVMETA_E_IO, whatever its errno: the pages that it
+ * could not write may be gone, so that nothing may be retried. */
+static int kv_file_sync(struct kv_env *env, const struct kv_file *file,
+                        struct kvmeta_error *err)
+{
+    int e = env->vfs->file_sync(env->vfs->user, file->handle);
+
+    assert(file->open);
+    if (!e) return KVMETA_OK;
+    (void)kv_fail_file(err, file, e, "sync", 0);
+    if (err) err->code = KVMETA_E_IO;
+    return KVMETA_E_IO;
+}
+
+static int kv_file_truncate(struct kv_env *env, const struct kv_file *file,
+                            uint64_t bytes, struct kvmeta_error *err)
+{
+    int e = env->vfs->file_truncate(env->vfs->user, file->handle, bytes);
+
+    assert(file->open);
+    return e ? kv_fail_file(err, file, e, "truncate", bytes) : KVMETA_OK;
+}
+
+/* A file that is not there is no error. */
+static int kv_file_unlink(struct kv_env *env, int kind, uint64_t id,
+                          struct kvmeta_error *err)
+{
+    struct kv_file file = {.kind = (uint8_t)kind, .id = id};
+    char name[KV_NAME_BYTES];
+    int e;
+
+    kv_file_name(kind, id, name);
+    e = env->vfs->unlink(env->vfs->user, env->dir, name);
+    if (e == 0 || e == ENOENT) return KVMETA_OK;
+    return kv_fail_file(err, &file, e, "unlink", 0);
+}
+
+static int kv_dir_sync(struct kv_env *env, struct kvmeta_error *err)
+{
+    int e = env->vfs->dir_sync(env->vfs->user, env->dir);
+
+    if (!e) return KVMETA_OK;
+    return kv_fail(err, KVMETA_E_IO, e, "sync of the directory: error %d", e);
+}
+/* ==========================================================================
+ * POSIX
+ *
+ * The default kvmeta_vfs: the only system calls on files. Handles are file
+ * descriptors.
+ * ========================================================================== */
+
+static int kv_posix_dir_create(void *user, const char *path)
+{
+    (void)user;
+    return mkdir(path, 0700) == 0 ? 0 : errno;
+}
+
+static int kv_posix_sync_fd(int fd)
+{
+#if defined(__APPLE__)
+    if (fcntl(fd, F_FULLFSYNC) == 0) return 0;
+    return fsync(fd) == 0 ? 0 : errno;
+#elif defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__)
+    return fdatasync(fd) == 0 ? 0 : errno;
+#else
+    return fsync(fd) == 0 ? 0 : errno;
+#endif
+}
+
+static int kv_posix_dir_open(void *user, const char *path, int *dir)
+{
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+    (void)user;
+    if (fd < 0) return errno;
+    *dir = fd;
+    return 0;
+}
+
+static int kv_posix_dir_sync(void *user, int dir)
+{
+    (void)user;
+    return fsync(dir) == 0 ? 0 : errno;
+}
+
+static int kv_posix_dir_close(void *user, int dir)
+{
+    (void)user;
+    return close(dir) == 0 ? 0 : errno;
+}
+
+/* Syncs the directory that holds the last component of `path`. */
+static int kv_posix_dir_sync_parent(void *user, const char *path)
+{
+    size_t n = strlen(path);
+    char *parent = malloc(n + 2);
+    int dir = -1;
+    int e;
+
+    if (!parent) return ENOMEM;
+    memcpy(parent, path, n + 1);
+    while (n > 0 && parent[n - 1] == '/') n--;
+    while (n > 0 && parent[n - 1] != '/') n--;
+    if (n == 0) parent[n++] = '.';
+    parent[n] = '\0';
+    e = kv_posix_dir_open(user, parent, &dir);
+    free(parent);
+    if (e) return e;
+    e = kv_posix_dir_sync(user, dir);
+    kv_posix_dir_close(user, dir);
+    return e;
+}
+
+static int kv_posix_dir_list(void *user, int dir,
+                             int (*fn)(void *arg, const char *name), void *arg)
+{
+    int fd = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    struct dirent *entry;
+    DIR *d;
+    int e = 0;
+
+    (void)user;
+    if (fd < 0) return errno;
+    d = fdopendir(fd);
+    if (!d) {
+        e = errno;
+        close(fd);
+        return e;
+    }
+    for (;;) {
+        errno = 0;
+        entry = readdir(d);
+        if (!entry) {
+            e = errno;
+            break;
+        }
+        e = fn(arg, entry->d_name);
+        if (e) break;
+    }
+    closedir(d);
+    return e;
+}
+
+static int kv_posix_file_open(void *user, int dir, const char *name, int flags,
+                              int *file)
+{
+    int how = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
+    struct stat st;
+    int fd;
+    int e;
+
+    (void)user;
+    how |= flags & KVMETA_VFS_WRITE ? O_RDWR : O_RDONLY;
+    if (flags & KVMETA_VFS_CREATE) how |= O_CREAT;
+    if (flags & KVMETA_VFS_EXCL) how |= O_EXCL;
+    fd = openat(dir, name, how, 0600);
+    if (fd < 0) return errno;
+    e = fstat(fd, &st) == 0 ? 0 : errno;
+    if (!e && !S_ISREG(st.st_mode)) e = EINVAL;
+    if (e) {
+        close(fd);
+        return e;
+    }
+    *file = fd;
+    return 0;
+}
+
+static int kv_posix_file_lock(void *user, int file)
+{
+    (void)user;
+    return flock(file, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
+}
+
+static int kv_posix_file_size(void *user, int file, uint64_t *bytes)
+{
+    struct stat st;
+
+    (void)user;
+    if (fstat(file, &st) != 0) return errno;
+    *bytes = (uint64_t)st.st_size;
+    return 0;
+}
+
+enum { KV_POSIX_IO_MAX = 1 << 30 };
+
+static int64_t kv_posix_file_read(void *user, int file, void *buf,
+                                  size_t bytes, uint64_t off)
+{
+    ssize_t n = pread(file, buf, bytes < KV_POSIX_IO_MAX ? bytes
+                                                         : KV_POSIX_IO_MAX,
+                      (off_t)off);
+
+    (void)user;
+    return n < 0 ? -(int64_t)errno : (int64_t)n;
+}
+
+static int64_t kv_posix_file_write(void *user, int file, const void *buf,
+                                   size_t bytes, uint64_t off)
+{
+    ssize_t n = pwrite(file, buf, bytes < KV_POSIX_IO_MAX ? bytes
+                                                          : KV_POSIX_IO_MAX,
+                       (off_t)off);
+
+    (void)user;
+    return n < 0 ? -(int64_t)errno : (int64_t)n;
+}
+
+static int kv_posix_file_truncate(void *user, int file, uint64_t bytes)
+{
+    (void)user;
+    return ftruncate(file, (off_t)bytes) == 0 ? 0 : errno;
+}
+
+static int kv_posix_file_sync(void *user, int file)
+{
+    (void)user;
+    return kv_posix_sync_fd(file);
+}
+
+static int kv_posix_file_close(void *user, int file)
+{
+    (void)user;
+    return close(file) == 0 ? 0 : errno;
+}
+
+static int kv_posix_rename(void *user, int dir, const char *from,
+                           const char *to)
+{
+    (void)user;
+    return renameat(dir, from, dir, to) == 0 ? 0 : errno;
+}
+
+static int kv_posix_unlink(void *user, int dir, const char *name)
+{
+    (void)user;
+    return unlinkat(dir, name, 0) == 0 ? 0 : errno;
+}
+
+static int kv_posix_random(void *user, void *buf, size_t bytes)
+{
+    unsigned char *p = buf;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    int e = 0;
+
+    (void)user;
+    if (fd < 0) return errno;
+    while (bytes > 0 && !e) {
+        ssize_t n = read(fd, p, bytes);
+
+        if (n > 0) {
+            p += n;
+            bytes -= (size_t)n;
+        } else if (n == 0) {
+            e = EIO;
+        } else if (errno != EINTR) {
+            e = errno;
+        }
+    }
+    close(fd);
+    return e;
+}
+
+static uint64_t kv_posix_clock_ns(void *user)
+{
+    struct timespec now;
+
+    (void)user;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t kv_posix_process_id(void *user)
+{
+    (void)user;
+    return (uint64_t)getpid();
+}
+
+const struct kvmeta_vfs *kvmeta_vfs_posix(void)
+{
+    static const struct kvmeta_vfs vfs = {
+        .struct_size = sizeof vfs,
+        .dir_create = kv_posix_dir_create,
+        .dir_sync_parent = kv_posix_dir_sync_parent,
+        .dir_open = kv_posix_dir_open,
+        .dir_list = kv_posix_dir_list,
+        .dir_sync = kv_posix_dir_sync,
+        .dir_close = kv_posix_dir_close,
+        .file_open = kv_posix_file_open,
+        .file_lock = kv_posix_file_lock,
+        .file_size = kv_posix_file_size,
+        .file_read = kv_posix_file_read,
+        .file_write = kv_posix_file_write,
+        .file_truncate = kv_posix_file_truncate,
+        .file_sync = kv_posix_file_sync,
+        .file_close = kv_posix_file_close,
+        .rename = kv_posix_rename,
+        .unlink = kv_posix_unlink,
+        .random = kv_posix_random,
+        .clock_ns = kv_posix_clock_ns,
+        .process_id = kv_posix_process_id
+    };
+
+    return &vfs;
+}
+
+/* ==========================================================================
+ * Node memory
+ *
+ * Tree nodes of one size come from slabs: 2 MiB of the system's pages, on
+ * huge pages where there are any, or smaller ones while the store is small.
+ * An empty slab is given back. Callers hold the tree's lock, except for
+ * kv_pool_has. Carries (N1): a slab is never given back if that left fewer
+ * free nodes than are reserved.
+ * ========================================================================== */
+
+enum {
+    KV_SLAB_BYTES = 2 << 20,
+    KV_POOL_KEEP = 64             /* free nodes that are always kept */
+};
+
+struct kv_node;
+
+struct kv_slab {
+    struct kv_slab *next;         /* in the pool's list, if any node is free */
+    struct kv_slab *prev;
+    void *memory;                 /* as allocated */
+    size_t bytes;                 /* as allocated */
+    bool mapped;
+    unsigned char *base;          /* first node, on a cache line */
+    uint32_t cap;                 /* nodes */
+    uint32_t carved;              /* nodes that have ever been used */
+    uint32_t used;
+    struct kv_node *free_nodes;
+};
+
+struct kv_pool {
+    struct kv_env *env;
+    size_t node_bytes;
+    struct kv_slab *open;         /* slabs with a free node */
+    _Atomic size_t free_nodes;
+    size_t used_nodes;
+    size_t reserved;
+    size_t bytes;                 /* of all slabs */
+    _Atomic size_t empty_slabs;
+};
+
+/* A node's header; its arrays follow. Which ones depends on the level. */
+struct kv_node {
+    uint64_t gen;                 /* of the version in which it was made */
+    struct kv_node *dead_next;    /* in a dead list, or a slab's free list */
+    struct kv_slab *slab;
+    uint32_t count;               /* records, or children */
+    uint32_t level;               /* 0: leaf */
+};
+
+_Static_assert(sizeof(struct kv_node) == 32, "heads must stay aligned");
+
+static void kv_slab_link(struct kv_pool *pool, struct kv_slab *slab)
+{
+    slab->prev = NULL;
+    slab->next = pool->open;
+    if (pool->open) pool->open->prev = slab;
+    pool->open = slab;
+}
+
+static void kv_slab_unlink(struct kv_pool *pool, struct kv_slab *slab)
+{
+    if (slab->prev)
+        slab->prev->next = slab->next;
+    else
+        pool->open = slab->next;
+    if (slab->next) slab->next->prev = slab->prev;
+}
+
+/* Pages of the system, aligned to their size, so that they can be huge. */
+static void *kv_slab_map(size_t bytes)
+{
+#if defined(MAP_ANONYMOUS)
+    char *p = mmap(NULL, 2 * bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t before;
+
+    if (p == MAP_FAILED) return NULL;
+    before = (size_t)(kv_align_up((uintptr_t)p, bytes) - (uintptr_t)p);
+    if (before) munmap(p, before);
+    munmap(p + before + bytes, bytes - before);
+#  if defined(MADV_HUGEPAGE)
+    (void)madvise(p + before, bytes, MADV_HUGEPAGE);
+#  endif
+    return p + before;
+#else
+    (void)bytes;
+    return NULL;
+#endif
+}
+
+/* Adds a slab: an eighth of what there is, so that small stores stay small. */
+static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
+                        struct kvmeta_error *err)
+{
+    size_t eight = 8 * pool->node_bytes;
+    size_t bytes = (size_t)kv_max(eight, kv_min(pool->bytes, KV_SLAB_BYTES));
+    struct kv_slab *slab;
+
+    bytes -= bytes % pool->node_bytes;
+    if (bytes > KV_SLAB_BYTES / 2 && eight <= KV_SLAB_BYTES)
+        bytes = KV_SLAB_BYTES;
+    if (bytes > room)
+        return kv_fail(err, KVMETA_E_LIMIT, 0,
+                       "memory_bytes_max: no room for %zu more bytes", bytes);
+    slab = kv_alloc_zeroed(pool->env, sizeof *slab);
+    if (!slab) return kv_fail_memory(err, sizeof *slab);
+    slab->bytes = bytes;
+    slab->mapped = !pool->env->realloc_fn && bytes == KV_SLAB_BYTES;
+    slab->memory = slab->mapped ? kv_slab_map(bytes)
+                                : kv_alloc(pool->env, bytes + KV_CACHE_LINE);
+    if (!slab->memory) {
+        kv_free(pool->env, slab);
+        return kv_fail_memory(err, bytes);
+    }
+    slab->base = slab->memory;
+    slab->base += kv_align_up((uintptr_t)slab->base, KV_CACHE_LINE)
+        - (uintptr_t)slab->base;
+    slab->cap = (uint32_t)(bytes / pool->node_bytes);
+    kv_slab_link(pool, slab);
+    pool->bytes += bytes;
+    pool->free_nodes += slab->cap;
+    pool->empty_slabs++;
+    return KVMETA_OK;
+}
+
+/* The slab must be empty. */
+static void kv_pool_drop(struct kv_pool *pool, struct kv_slab *slab)
+{
+    assert(slab->used == 0);
+    kv_slab_unlink(pool, slab);
+    pool->bytes -= slab->bytes;
+    pool->free_nodes -= slab->cap;
+    pool->empty_slabs--;
+    if (slab->mapped)
+        munmap(slab->memory, slab->bytes);
+    else
+        kv_free(pool->env, slab->memory);
+    kv_free(pool->env, slab);
+}
+
+/* A free node must be there: see kv_tree_reserve. */
+static struct kv_node *kv_pool_take(struct kv_pool *pool)
+{
+    struct kv_slab *slab = pool->open;
+    struct kv_node *node;
+
+    assert(slab);
+    assert(slab->used < slab->cap);
+    if (slab->used++ == 0) pool->empty_slabs--;
+    node = slab->free_nodes;
+    if (node) {
+        slab->free_nodes = node->dead_next;
+    } else {
+        assert(slab->carved < slab->cap);
+        node = (struct kv_node *)(void *)(slab->base + pool->node_bytes
+                                          * slab->carved++);
+        node->slab = slab;
+    }
+    if (slab->used == slab->cap) kv_slab_unlink(pool, slab);
+    pool->free_nodes--;
+    pool->used_nodes++;
+    return node;
+}
+
+static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
+{
+    struct kv_slab *slab = node->slab;
+
+    assert(slab->used > 0);
+    if (slab->used == slab->cap) kv_slab_link(pool, slab);
+    node->dead_next = slab->free_nodes;
+    slab->free_nodes = node;
+    if (--slab->used == 0) pool->empty_slabs++;
+    pool->free_nodes++;
+    pool->used_nodes--;
+}
+
+/* Gives empty slabs back, but for one, and what is reserved. */
+static void kv_pool_trim(struct kv_pool *pool)
+{
+    size_t keep = (size_t)kv_max(pool->reserved, KV_POOL_KEEP);
+    struct kv_slab *next;
+
+    for (struct kv_slab *slab = pool->open; slab; slab = next) {
+        next = slab->next;
+        if (pool->empty_slabs <= 1) return;
+        if (slab->used == 0 && pool->free_nodes >= keep + slab->cap)
+            kv_pool_drop(pool, slab);
+    }
+}
+
+/* Without the lock: nobody takes nodes but the writer, who asks, and slabs
+ * are not given back down to KV_POOL_KEEP free nodes. */
+static bool kv_pool_has(const struct kv_pool *pool, size_t nodes)
+{
+    return nodes <= KV_POOL_KEEP && pool->free_nodes >= nodes;
+}
+
+/* All nodes must have been given back, but for those of the slabs' own. */
+static void kv_pool_free(struct kv_pool *pool)
+{
+    while (pool->open) {
+        struct kv_slab *slab = pool->open;
+
+        assert(slab->used == 0);
+        kv_pool_drop(pool, slab);
+    }
+    assert(pool->bytes == 0);
+}
+
+/* ==========================================================================
+ * Tree
+ *
+ * A B+tree of fixed-width records. A node holds the first 8 bytes of each key
+ * as a number in one array (head), the rest of the keys in another (tail),
+ * and values or children in a third, so that a search compares integers of
+ * one dense array and looks at tails only among equal heads. Heads are stored
+ * with the sign bit flipped: SIMD compares are signed. An inner node of n
+ * children has n - 1 separators: child i holds the keys k with
+ * separator[i-1] <= k < separator[i].
+ *
+ * (T1) keys ascend strictly within and across leaves; (T2) all leaves are at
+ * level 0, a node's children one level below it; (T3) no node is empty;
+ * (T4) heads behind the last one are KV_HEAD_PAD up to the padded capacity;
+ * (T5) a child is never younger than its parent (gen); (T6) count and digest
+ * are those of the records.
+ * ========================================================================== */
+
+enum {
+    KV_LEAF_BYTES = 1024,
+    KV_INNER_BYTES = 2048,
+    KV_LEAF_MIN = 8,              /* records that a leaf has room for */
+    KV_INNER_MIN = 16,            /* children that an inner node has room for */
+    KV_HEIGHT_MAX = 24,
+    KV_SLOTS = 64,
+    KV_BATCH = 32,                /* keys looked up side by side */
+    KV_RECLAIM_MAX = 512          /* nodes freed per hold of the lock */
+};
+
+#define KV_HEAD_PAD INT64_MAX
+
+/* Where the arrays of a node are. */
+struct kv_layout {
+    uint32_t cap;                 /* records, or children */
+    uint32_t cap_padded;          /* heads, a multiple of 4 */
+    uint32_t tail_off;
+    uint32_t data_off;
+    uint32_t data_bytes;          /* of a value, or a child pointer */
+    uint32_t bytes;
+};
+
+/* A state of the records. Immutable once a reader may see it; see the next
+ * section for the exception. */
+struct kv_version {
+    struct kv_node *root;         /* NULL: no records */
+    uint32_t height;              /* levels; 0 without records */
+    uint64_t count;
+    struct kvmeta_digest digest;
+    uint64_t seq;                 /* last commit */
+    uint64_t gen;
+    _Atomic uint64_t refs;        /* holders */
+    struct kv_version *older;
+    struct kv_version *newer;     /* NULL: the current one */
+    struct kv_node *dead;         /* nodes that no newer version sees */
+};
+
+struct kv_slot {
+    _Alignas(KV_CACHE_LINE) _Atomic uint64_t gen;   /* 0: free */
+};
+
+struct kv_tree {
+    struct kv_env *env;
+    struct kv_layout leaf;
+    struct kv_layout inner;
+    bool avx2;
+    bool sse42;
+    uint64_t memory_bytes_max;
+    struct kv_slot *slots;        /* KV_SLOTS, on cache lines */
+    void *slots_memory;
+    bool lock_made;
+
+    /* What readers read first. */
+    _Alignas(KV_CACHE_LINE) struct kv_version *_Atomic current;
+    _Atomic uint64_t gen;         /* of current, or of one before */
+    _Atomic bool gate;            /* closed: the current one is changed */
+
+    /* Lock: pools and the list of versions. */
+    _Alignas(KV_CACHE_LINE) pthread_mutex_t lock;
+    struct kv_pool leaves;
+    struct kv_pool inners;
+    struct kv_version *oldest;
+    size_t dead_bytes;
+    uint64_t copied;
+
+    /* Written by one side, read by the other. */
+    _Atomic uint64_t in_place;
+    _Atomic bool unreclaimed;     /* readers were in the way of freeing */
+};
+
+static int64_t kv_head_flip(uint64_t head)
+{
+    return (int64_t)(head ^ (uint64_t)1 << 63);
+}
+
+static int64_t *kv_heads(const struct kv_node *node)
+{
+    return (int64_t *)(uintptr_t)(node + 1);
+}
+
+static unsigned char *kv_node_at(const struct kv_node *node, uint32_t off)
+{
+    return (unsigned char *)(uintptr_t)node + off;
+}
+
+static const struct kv_layout *kv_layout_of(const struct kv_tree *t,
+                                            const struct kv_node *node)
+{
+    return node->level == 0 ? &t->leaf : &t->inner;
+}
+
+static unsigned char *kv_tail(const struct kv_tree *t,
+                              const struct kv_node *node, size_t i)
+{
+    return kv_node_at(node, kv_layout_of(t, node)->tail_off)
+        + i * t->env->shape.tail_bytes;
+}
+
+static unsigned char *kv_value(const struct kv_tree *t,
+                               const struct kv_node *leaf, size_t i)
+{
+    assert(leaf->level == 0);
+    return kv_node_at(leaf, t->leaf.data_off) + i * t->leaf.data_bytes;
+}
+
+static struct kv_node **kv_children(const struct kv_tree *t,
+                                    const struct kv_node *inner)
+{
+    assert(inner->level > 0);
+    return (struct kv_node **)(void *)kv_node_at(inner, t->inner.data_off);
+}
+
+static void kv_layout_init(struct kv_layout *l, uint32_t tail_bytes,
+                           uint32_t data_bytes, uint32_t bytes, uint32_t min)
+{
+    uint32_t entry = 8 + tail_bytes + data_bytes;
+    uint32_t head = (uint32_t)sizeof(struct kv_node);
+
+    l->data_bytes = data_bytes;
+    l->cap = (bytes - head) / entry & ~3u;
+    if (l->cap < min) l->cap = min;
+    l->cap_padded = (uint32_t)kv_align_up(l->cap, 4);
+    l->tail_off = head + 8 * l->cap_padded;
+    l->data_off = (uint32_t)kv_align_up(l->tail_off + l->cap * tail_bytes, 8);
+    /* What is left over after rounding down takes more records. */
+    for (;;) {
+        uint32_t cap = l->cap + 1;
+        uint32_t padded = (uint32_t)kv_align_up(cap, 4);
+        uint32_t tail_off = head + 8 * padded;
+        uint32_t data_off = (uint32_t)kv_align_up(tail_off + cap * tail_bytes,
+                                                  8);
+
+        if (data_off + cap * data_bytes > bytes) break;
+        l->cap = cap;
+        l->cap_padded = padded;
+        l->tail_off = tail_off;
+        l->data_off = data_off;
+    }
+    l->bytes = (uint32_t)kv_align_up(l->data_off + l->cap * data_bytes,
+                                     KV_CACHE_LINE);
+}
+
+/* How many of the heads are less than `head`: no branches, so that the loads
+ * of all lines overlap. */
+static size_t kv_count_plain(const int64_t *heads, size_t n, int64_t head)
+{
+    size_t less = 0;
+
+    for (size_t i = 0; i < n; i++) less += heads[i] < head;
+    return less;
+}
+
+#if KV_X86
+__attribute__((target("avx2")))
+static size_t kv_count_avx2(const int64_t *heads, size_t n, int64_t head)
+{
+    __m256i want = _mm256_set1_epi64x(head);
+    __m256i sum = _mm256_setzero_si256();
+    __m128i half;
+
+    for (size_t i = 0; i < n; i += 4) {
+        __m256i x = _mm256_load_si256((const __m256i *)(const void *)
+                                      (heads + i));
+
+        sum = _mm256_sub_epi64(sum, _mm256_cmpgt_epi64(want, x));
+    }
+    half = _mm_add_epi64(_mm256_castsi256_si128(sum),
+                         _mm256_extracti128_si256(sum, 1));
+    return (size_t)(_mm_cvtsi128_si64(half)
+                    + _mm_extract_epi64(half, 1));
+}
+
+__attribute__((target("sse4.2")))
+static size_t kv_count_sse42(const int64_t *heads, size_t n, int64_t head)
+{
+    __m128i want = _mm_set1_epi64x(head);
+    __m128i sum = _mm_setzero_si128();
+
+    for (size_t i = 0; i < n; i += 2) {
+        __m128i x = _mm_load_si128((const __m128i *)(const void *)(heads + i));
+
+        sum = _mm_sub_epi64(sum, _mm_cmpgt_epi64(want, x));
+    }
+    return (size_t)(_mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1));
+}
+#endif
+
+/* T4 lets the vectors run over the end. */
+static size_t kv_count_less(const struct kv_tree *t, const int64_t *heads,
+                            size_t n, int64_t head)
+{
+#if KV_X86
+    if (KV_LIKELY(t->avx2)) return kv_count_avx2(heads, n, head);
+    if (t->sse42) return kv_count_sse42(heads, n, head);
+#else
+    (void)t;
+#endif
+    return kv_count_plain(heads, n, head);
+}
+
+/* A key in the form in which it is compared. */
+struct kv_probe {
+    int64_t head;
+    const unsigned char *tail;
+};
+
+static struct kv_probe kv_probe_make(const struct kv_tree *t, const void *key)
+{
+    struct kv_probe p;
+
+    p.head = kv_head_flip(kv_key_head(&t->env->shape, key));
+    p.tail = (const unsigned char *)key + 8;   /* read if tail_bytes > 0 */
+    return p;
+}
+
+/* Number of the node's first n keys that are less than the key; with `equal`
+ * those that are equal count, too. *match: the key at the result is equal. */
+static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
+                           size_t n, struct kv_probe p, bool equal,
+                           bool *match)
+{
+    const int64_t *heads = kv_heads(node);
+    size_t tail_bytes = t->env->shape.tail_bytes;
+    size_t low = kv_count_less(t, heads, n, p.head);
+    size_t high = low;
+    const unsigned char *tails;
+
+    *match = false;
+    if (low >= n || heads[low] != p.head) return low;
+    if (tail_bytes == 0) {
+        *match = true;
+        return low + equal;
+    }
+    tails = kv_tail(t, node, 0);
+    if (low + 1 < n && heads[low + 1] == p.head)
+        high = p.head == KV_HEAD_PAD ? n
+            : (size_t)kv_min(n, kv_count_less(t, heads, n, p.head + 1));
+    else
+        high = low + 1;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        int c = memcmp(tails + middle * tail_bytes, p.tail, tail_bytes);
+
+        if (c == 0) *match = true;
+        if (c < 0 || (c == 0 && equal))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The child in which the key belongs. */
+static size_t kv_inner_child(const struct kv_tree *t,
+                             const struct kv_node *node, struct kv_probe p)
+{
+    bool match;
+
+    return kv_node_rank(t, node, node->count - 1, p, true, &match);
+}
+
+/* The lines of a node that a search reads first. */
+static void kv_node_prefetch(const struct kv_node *node, size_t bytes)
+{
+    for (size_t off = 0; off < bytes; off += KV_CACHE_LINE)
+        KV_PREFETCH(kv_node_at(node, (uint32_t)off));
+}
+
+static const unsigned char *kv_tree_find(const struct kv_tree *t,
+                                         const struct kv_version *v,
+                                         const void *key)
+{
+    struct kv_probe p = kv_probe_make(t, key);
+    const struct kv_node *node = v->root;
+    bool match;
+    size_t i;
+
+    if (!node) return NULL;
+    while (node->level > 0)
+        node = kv_children(t, node)[kv_inner_child(t, node, p)];
+    i = kv_node_rank(t, node, node->count, p, false, &match);
+    return match ? kv_value(t, node, i) : NULL;
+}
+
+/*
+ * Leaves for up to KV_BATCH keys, level by level, each node fetched while the
+ * others are searched: the cache misses of all keys overlap.
+ */
+static void kv_tree_descend_many(const struct kv_tree *t,
+                                 const struct kv_version *v,
+                                 const struct kv_probe *probes, size_t n,
+                                 const struct kv_node **nodes)
+{
+    size_t inner_bytes = t->inner.tail_off;
+    size_t leaf_bytes = t->leaf.tail_off;
+
+    assert(n <= KV_BATCH);
+    for (size_t i = 0; i < n; i++) nodes[i] = v->root;
+    for (uint32_t level = v->height - 1; level > 0; level--) {
+        for (size_t i = 0; i < n; i++) {
+            size_t child = kv_inner_child(t, nodes[i], probes[i]);
+
+            nodes[i] = kv_children(t, nodes[i])[child];
+            kv_node_prefetch(nodes[i], level > 1 ? inner_bytes : leaf_bytes);
+        }
+    }
+}
+
+static void kv_tree_find_batch(const struct kv_tree *t,
+                               const struct kv_version *v,
+                               const unsigned char *keys, size_t n,
+                               unsigned char *values, unsigned char *found)
+{
+    const struct kv_node *nodes[KV_BATCH];
+    struct kv_probe probes[KV_BATCH];
+    size_t places[KV_BATCH];
+    size_t value_bytes = t->env->shape.value_bytes;
+
+    for (size_t i = 0; i < n; i++)
+        probes[i] = kv_probe_make(t, keys + i * t->env->shape.key_bytes);
+    kv_tree_descend_many(t, v, probes, n, nodes);
+    for (size_t i = 0; i < n; i++) {
+        size_t place = kv_count_less(t, kv_heads(nodes[i]), nodes[i]->count,
+                                     probes[i].head);
+
+        if (place >= nodes[i]->count) place = 0;
+        KV_PREFETCH(kv_tail(t, nodes[i], place));
+        KV_PREFETCH(kv_value(t, nodes[i], place));
+    }
+    for (size_t i = 0; i < n; i++) {
+        bool match;
+
+        places[i] = kv_node_rank(t, nodes[i], nodes[i]->count, probes[i],
+                                 false, &match);
+        found[i] = match;
+    }
+    for (size_t i = 0; i < n; i++)
+        if (found[i] && value_bytes)
+            memcpy(values + i * value_bytes, kv_value(t, nodes[i], places[i]),
+                   value_bytes);
+}
+
+static void kv_tree_find_many(const struct kv_tree *t,
+                              const struct kv_version *v,
+                              const unsigned char *keys, size_t n,
+                              unsigned char *values, unsigned char *found)
+{
+    const struct kv_shape *shape = &t->env->shape;
+
+    if (!v->root) {
+        memset(found, 0, n);
+        return;
+    }
+    while (n > 0) {
+        size_t part = (size_t)kv_min(n, KV_BATCH);
+
+        kv_tree_find_batch(t, v, keys, part, values, found);
+        keys += part * shape->key_bytes;
+        if (shape->value_bytes) values += part * shape->value_bytes;
+        found += part;
+        n -= part;
+    }
+}
+
+/* ==========================================================================
+ * Versions and reader slots
+ *
+ * A reader announces itself in a slot before it loads the current version; a
+ * holder (snapshot) counts itself in the version. The writer either copies
+ * what it changes and publishes a new version, or, when nobody can see the
+ * current one, closes the gate and changes it in place.
+ *
+ * (V1) a node is freed only when no version that may be read sees it; (V2) a
+ * version is freed only when it is not current, not held, and no slot shows a
+ * gen that is not above its own; (V3) while a reader is in a slot with the
+ * gate open, the version that it loads does not change: the writer closes the
+ * gate, then looks at the slots; the reader takes the slot, then looks at the
+ * gate; all four are sequentially consistent, so one of them sees the other.
+ *
+ * Dead lists: a node that version N replaced is on the list of the version
+ * before it, the last that sees it. When that version is freed, the nodes
+ * made after the version before that one are freed, the others move to its
+ * list. So a snapshot costs the nodes changed since it was taken.
+ * ========================================================================== */
+
+static struct kv_pool *kv_pool_of(struct kv_tree *t, const struct kv_node *node)
+{
+    return node->level == 0 ? &t->leaves : &t->inners;
+}
+
+/* For the holder of the commit right only: nobody else changes it. */
+static struct kv_version *kv_tree_current(const struct kv_tree *t)
+{
+    return atomic_load_explicit(&t->current, memory_order_relaxed);
+}
+
+static size_t kv_slot_first(void)
+{
+    pthread_t self = pthread_self();
+    uint64_t h = 0;
+
+    memcpy(&h, &self, sizeof self < sizeof h ? sizeof self : sizeof h);
+    return (size_t)((h * 0x9E3779B97F4A7C15u) >> 58);
+}
+
+_Static_assert(KV_SLOTS == 64, "kv_slot_first gives 6 bits");
+
+/* The current version, which stays as it is until kv_tree_unpin. Waits only
+ * while the gate is closed. */
+static const struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
+{
+    size_t i = kv_slot_first();
+
+    for (unsigned tries = 0;; tries++) {
+        uint64_t gen = atomic_load(&t->gen);
+        uint64_t free_slot = 0;
+
+        if (KV_LIKELY(!atomic_load_explicit(&t->slots[i].gen,
+                                            memory_order_relaxed))
+            && atomic_compare_exchange_strong(&t->slots[i].gen, &free_slot,
+                                              gen)) {
+            KV_SCHED_POINT("pin");
+            if (KV_LIKELY(!atomic_load(&t->gate))) {
+                *slot = (unsigned)i;
+                return atomic_load(&t->current);
+            }
+            atomic_store_explicit(&t->slots[i].gen, 0, memory_order_release);
+            sched_yield();
+            continue;
+        }
+        i = (i + 1) % KV_SLOTS;
+        if (tries % KV_SLOTS == KV_SLOTS - 1) sched_yield();
+    }
+}
+
+static void kv_tree_unpin(struct kv_tree *t, unsigned slot)
+{
+    atomic_store_explicit(&t->slots[slot].gen, 0, memory_order_release);
+}
+
+/* The oldest gen that a slot may see; UINT64_MAX: no slot is taken. */
+static uint64_t kv_slots_oldest(struct kv_tree *t)
+{
+    uint64_t oldest = UINT64_MAX;
+
+    for (size_t i = 0; i < KV_SLOTS; i++) {
+        uint64_t gen = atomic_load(&t->slots[i].gen);
+
+        if (gen) oldest = kv_min(oldest, gen);
+    }
+    return oldest;
+}
+
+/* The current version, for as long as the caller likes. */
+static struct kv_version *kv_tree_hold(struct kv_tree *t)
+{
+    struct kv_version *v;
+    unsigned slot;
+
+    (void)kv_tree_pin(t, &slot);
+    v = atomic_load(&t->current);
+    atomic_fetch_add(&v->refs, 1);
+    kv_tree_unpin(t, slot);
+    return v;
+}
+
+static void kv_node_free_locked(struct kv_tree *t, struct kv_node *node)
+{
+    kv_pool_give(kv_pool_of(t, node), node);
+}
+
+/* Puts a node that `v` is the last to see on its list. */
+static void kv_version_bury_locked(struct kv_tree *t, struct kv_version *v,
+                                   struct kv_node *node)
+{
+    node->dead_next = v->dead;
+    v->dead = node;
+    t->dead_bytes += kv_layout_of(t, node)->bytes;
+}
+
+/* Frees up to *budget nodes of a version that nobody can see; true when the
+ * version itself is gone. */
+static bool kv_version_free_locked(struct kv_tree *t, struct kv_version *v,
+                                   size_t *budget)
+{
+    uint64_t older_gen = v->older ? v->older->gen : 0;
+
+    while (v->dead && *budget > 0) {
+        struct kv_node *node = v->dead;
+
+        v->dead = node->dead_next;
+        t->dead_bytes -= kv_layout_of(t, node)->bytes;
+        if (node->gen > older_gen)
+            kv_node_free_locked(t, node);
+        else
+            kv_version_bury_locked(t, v->older, node);
+        --*budget;
+    }
+    if (v->dead) return false;
+    if (v->older) v->older->newer = v->newer;
+    v->newer->older = v->older;
+    if (t->oldest == v) t->oldest = v->newer;
+    kv_free(t->env, v);
+    return true;
+}
+
+/* Frees what nobody can see any more, a bounded part of it. Returns whether
+ * there may be more. */
+static bool kv_tree_reclaim_locked(struct kv_tree *t)
+{
+    uint64_t pinned = kv_slots_oldest(t);
+    size_t budget = KV_RECLAIM_MAX;
+    struct kv_version *next;
+
+    for (struct kv_version *v = t->oldest; v->newer; v = next) {
+        next = v->newer;
+        if (atomic_load(&v->refs) > 0) continue;
+        if (v->gen >= pinned) {
+            t->unreclaimed = true;
+            return false;
+        }
+        if (!kv_version_free_locked(t, v, &budget)) {
+            t->unreclaimed = true;
+            return true;
+        }
+    }
+    t->unreclaimed = false;
+    return false;
+}
+
+static void kv_tree_trim_locked(struct kv_tree *t)
+{
+    if (t->leaves.empty_slabs > 1) kv_pool_trim(&t->leaves);
+    if (t->inners.empty_slabs > 1) kv_pool_trim(&t->inners);
+}
+
+static void kv_tree_drop(struct kv_tree *t, struct kv_version *v)
+{
+    bool more = true;
+
+    assert(atomic_load(&v->refs) > 0);
+    atomic_fetch_sub(&v->refs, 1);    /* from here on it may be freed */
+    while (more) {
+        pthread_mutex_lock(&t->lock);
+        more = kv_tree_reclaim_locked(t);
+        if (!more) kv_tree_trim_locked(t);
+        pthread_mutex_unlock(&t->lock);
+    }
+}
+
+/* ==========================================================================
+ * Edits
+ *
+ * The only code that changes nodes. One writer at a time. (E1) a node is
+ * changed only if it was made in the edit's own gen, and is copied first
+ * otherwise; (E2) after kv_edit_reserve the changes cannot fail.
+ * ========================================================================== */
+
+struct kv_edit {
+    struct kv_tree *tree;
+    struct kv_version *version;   /* the state that is built */
+    struct kv_node *dead;         /* replaced nodes, of older gens */
+    bool in_place;
+};
+
+/*
+ * Nodes that n changes may need. A change copies its path, and a sibling; it
+ * splits a leaf, and full inner nodes on the way. A leaf that was split or
+ * filled up from a sibling has room for cap/16 before it splits again, which
+ * bounds what many changes need by less than what each needs alone.
+ */
+static void kv_tree_need(const struct kv_tree *t, uint64_t n,
+                         uint64_t *leaves, uint64_t *inners)
+{
+    uint64_t height = kv_tree_current(t)->height;
+    uint64_t made = kv_min(n, t->leaves.used_nodes + 16 * n / t->leaf.cap + 2);
+
+    *leaves = made + kv_min(3 * n, t->leaves.used_nodes + made);
+    made = kv_min(n * (height + 1), t->inners.used_nodes
+                  + 4 * made / (t->inner.cap / 2) + height + 2);
+    *inners = made + kv_min(2 * n * height, t->inners.used_nodes + made);
+}
+
+static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
+                                  uint64_t nodes, struct kvmeta_error *err)
+{
+    int rc = KVMETA_OK;
+
+    if (nodes > SIZE_MAX / 2 / pool->node_bytes)
+        return kv_fail_memory(err, SIZE_MAX);
+    pool->reserved = (size_t)kv_max(pool->reserved, nodes);
+    while (!rc && pool->free_nodes < nodes) {
+        uint64_t bytes = t->leaves.bytes + t->inners.bytes;
+        uint64_t room = t->memory_bytes_max == 0 ? UINT64_MAX
+            : t->memory_bytes_max - kv_min(bytes, t->memory_bytes_max);
+
+        rc = kv_pool_grow(pool, room, err);
+    }
+    return rc;
+}
+
+/* After OK, `changes` more puts and removes cannot fail, until the next
+ * publish or abort. */
+static int kv_tree_reserve(struct kv_tree *t, size_t changes,
+                           struct kvmeta_error *err)
+{
+    uint64_t leaves;
+    uint64_t inners;
+    int rc;
+
+    if (KV_LIKELY(changes == 1)) {
+        size_t height = kv_tree_current(t)->height;
+
+        if (KV_LIKELY(kv_pool_has(&t->leaves, 4)
+                      && kv_pool_has(&t->inners, 3 * height + 2)))
+            return KVMETA_OK;
+    }
+    pthread_mutex_lock(&t->lock);
+    kv_tree_need(t, changes, &leaves, &inners);
+    rc = kv_pool_reserve_locked(t, &t->leaves, leaves, err);
+    if (!rc) rc = kv_pool_reserve_locked(t, &t->inners, inners, err);
+    if (rc) t->leaves.reserved = t->inners.reserved = 0;
+    if (rc) kv_tree_trim_locked(t);
+    pthread_mutex_unlock(&t->lock);
+    return rc;
+}
+
+static int kv_edit_reserve(struct kv_edit *e, size_t changes,
+                           struct kvmeta_error *err)
+{
+    return kv_tree_reserve(e->tree, changes, err);
+}
+
+/* Closes the gate, if nobody is inside and nobody holds the version. */
+static bool kv_tree_close_gate(struct kv_tree *t)
+{
+    atomic_store(&t->gate, true);
+    KV_SCHED_POINT("gate");
+    if (kv_slots_oldest(t) == UINT64_MAX
+        && atomic_load(&kv_tree_current(t)->refs) == 0)
+        return true;
+    atomic_store(&t->gate, false);
+    return false;
+}
+
+static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
+                         bool in_place_allowed, struct kvmeta_error *err)
+{
+    struct kv_version *base = kv_tree_current(t);
+    struct kv_version *v;
+
+    memset(e, 0, sizeof *e);
+    e->tree = t;
+    if (in_place_allowed && kv_tree_close_gate(t)) {
+        e->in_place = true;
+        e->version = base;
+        return KVMETA_OK;
+    }
+    v = kv_alloc(t->env, sizeof *v);
+    if (!v) return kv_fail_memory(err, sizeof *v);
+    memset(v, 0, sizeof *v);
+    v->root = base->root;
+    v->height = base->height;
+    v->count = base->count;
+    v->digest = base->digest;
+    v->seq = base->seq;
+    v->gen = base->gen + 1;
+    e->version = v;
+    return KVMETA_OK;
+}
+
+static const unsigned char *kv_edit_find(const struct kv_edit *e,
+                                         const void *key)
+{
+    return kv_tree_find(e->tree, e->version, key);
+}
+
+/* Fetches the paths of keys that are about to be changed. */
+static void kv_tree_warm(const struct kv_tree *t,
+                         const unsigned char *const *keys, size_t n)
+{
+    const struct kv_version *v = kv_tree_current(t);
+    const struct kv_node *nodes[KV_BATCH];
+    struct kv_probe probes[KV_BATCH];
+
+    assert(n <= KV_BATCH);
+    if (!v->root) return;
+    for (size_t i = 0; i < n; i++) probes[i] = kv_probe_make(t, keys[i]);
+    kv_tree_descend_many(t, v, probes, n, nodes);
+    for (size_t i = 0; i < n; i++) kv_node_prefetch(nodes[i], t->leaf.bytes);
+}
+
+static struct kv_node *kv_edit_new(struct kv_edit *e, uint32_t level)
+{
+    struct kv_tree *t = e->tree;
+    const struct kv_layout *l = level == 0 ? &t->leaf : &t->inner;
+    struct kv_node *node;
+    int64_t *heads;
+
+    pthread_mutex_lock(&t->lock);
+    node = kv_pool_take(level == 0 ? &t->leaves : &t->inners);
+    pthread_mutex_unlock(&t->lock);
+    node->gen = e->version->gen;
+    node->dead_next = NULL;
+    node->count = 0;
+    node->level = level;
+    heads = kv_heads(node);
+    for (size_t i = 0; i < l->cap_padded; i++) heads[i] = KV_HEAD_PAD;
+    return node;
+}
+
+/* A node that the version built no longer sees. */
+static void kv_edit_retire(struct kv_edit *e, struct kv_node *node)
+{
+    struct kv_tree *t = e->tree;
+
+    if (node->gen < e->version->gen && !e->in_place) {
+        node->dead_next = e->dead;    /* buried when the edit is published */
+        e->dead = node;
+        return;
+    }
+    pthread_mutex_lock(&t->lock);
+    if (e->version->older && node->gen <= e->version->older->gen)
+        kv_version_bury_locked(t, e->version->older, node);
+    else
+        kv_node_free_locked(t, node);
+    pthread_mutex_unlock(&t->lock);
+}
+
+/* The node in *ref, as one that may be changed (E1). */
+static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
+{
+    struct kv_node *old = *ref;
+    const struct kv_layout *l = kv_layout_of(e->tree, old);
+    struct kv_node *node;
+    size_t tail_bytes = e->tree->env->shape.tail_bytes;
+
+    if (KV_LIKELY(old->gen == e->version->gen)) return old;
+    assert(old->gen < e->version->gen);
+    node = kv_edit_new(e, old->level);
+    node->count = old->count;
+    memcpy(kv_heads(node), kv_heads(old), 8 * (size_t)old->count);
+    memcpy(kv_node_at(node, l->tail_off), kv_node_at(old, l->tail_off),
+           old->count * tail_bytes);
+    memcpy(kv_node_at(node, l->data_off), kv_node_at(old, l->data_off),
+           (size_t)old->count * l->data_bytes);
+    *ref = node;
+    kv_edit_retire(e, old);
+    return node;
+}
+
+/* Number of keys in a node: an inner one has a separator less than children. */
+static size_t kv_node_keys(const struct kv_node *node)
+{
+    return node->level == 0 ? node->count : node->count - 1;
+}
+
+/* Copies n keys, heads and tails, within a node or from one to another. */
+static void kv_keys_move(const struct kv_tree *t, struct kv_node *to,
+                         size_t to_i, const struct kv_node *from,
+                         size_t from_i, size_t n)
+{
+    size_t tail_bytes = t->env->shape.tail_bytes;
+
+    memmove(kv_heads(to) + to_i, kv_heads(from) + from_i, 8 * n);
+    if (tail_bytes)
+        memmove(kv_tail(t, to, to_i), kv_tail(t, from, from_i),
+                n * tail_bytes);
+}
+
+static void kv_data_move(const struct kv_tree *t, struct kv_node *to,
+                         size_t to_i, const struct kv_node *from,
+                         size_t from_i, size_t n)
+{
+    const struct kv_layout *l = kv_layout_of(t, to);
+
+    memmove(kv_node_at(to, l->data_off) + to_i * l->data_bytes,
+            kv_node_at(from, l->data_off) + from_i * l->data_bytes,
+            n * l->data_bytes);
+}
+
+static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
+                       struct kv_probe p)
+{
+    kv_heads(node)[i] = p.head;
+    if (t->env->shape.tail_bytes)
+        memcpy(kv_tail(t, node, i), p.tail, t->env->shape.tail_bytes);
+}
+
+/* The key at i of a node; valid while the node is. */
+static struct kv_probe kv_key_at(const struct kv_tree *t,
+                                 const struct kv_node *node, size_t i)
+{
+    struct kv_probe p = {kv_heads(node)[i], kv_tail(t, node, i)};
+
+    return p;
+}
+
+/* Restores T4 after keys were taken from the end; `before` were there. */
+static void kv_node_pad(struct kv_node *node, size_t before)
+{
+    for (size_t i = kv_node_keys(node); i < before; i++)
+        kv_heads(node)[i] = KV_HEAD_PAD;
+}
+
+/* Makes `child` the child at i > 0 of a node with room. */
+static void kv_inner_insert(const struct kv_tree *t, struct kv_node *node,
+                            size_t i, struct kv_probe separator,
+                            struct kv_node *child)
+{
+    size_t n = node->count;
+
+    assert(i > 0);
+    assert(n < t->inner.cap);
+    kv_keys_move(t, node, i, node, i - 1, n - i);
+    kv_data_move(t, node, i + 1, node, i, n - i);
+    kv_key_set(t, node, i - 1, separator);
+    kv_children(t, node)[i] = child;
+    node->count++;
+}
+
+/* Takes out child i, with the separator before it (or behind the first). */
+static void kv_inner_remove(const struct kv_tree *t, struct kv_node *node,
+                            size_t i)
+{
+    size_t n = node->count;
+    size_t key = i > 0 ? i - 1 : 0;
+
+    assert(i < n);
+    if (n > 1) kv_keys_move(t, node, key, node, key + 1, n - 2 - key);
+    kv_data_move(t, node, i, node, i + 1, n - 1 - i);
+    node->count--;
+    if (n > 1) kv_heads(node)[n - 2] = KV_HEAD_PAD;
+}
+
+/* Moves the upper part of child i, from `keep` on, to a new right sibling. */
+static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
+                          size_t keep)
+{
+    const struct kv_tree *t = e->tree;
+    struct kv_node *left = kv_children(t, parent)[i];
+    struct kv_node *right = kv_edit_new(e, left->level);
+    size_t before = kv_node_keys(left);
+    size_t n = left->count;
+    struct kv_probe separator;
+
+    assert(left->gen == e->version->gen);
+    assert(keep > 0);
+    assert(keep < n);
+    right->count = (uint32_t)(n - keep);
+    kv_keys_move(t, right, 0, left, keep, kv_node_keys(right));
+    kv_data_move(t, right, 0, left, keep, n - keep);
+    /* An inner node's separator between the halves moves up. */
+    separator = left->level == 0 ? kv_key_at(t, right, 0)
+                                 : kv_key_at(t, left, keep - 1);
+    kv_inner_insert(t, parent, i + 1, separator, right);
+    left->count = (uint32_t)keep;
+    kv_node_pad(left, before);
+}
+
+/* Moves n records from one leaf to its neighbour; i is the left one's place
+ * in the parent. */
+static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
+                          size_t n, bool to_left)
+{
+    const struct kv_tree *t = e->tree;
+    struct kv_node *left = kv_edit_own(e, &kv_children(t, parent)[i]);
+    struct kv_node *right = kv_edit_own(e, &kv_children(t, parent)[i + 1]);
+
+    if (to_left) {
+        size_t before = right->count;
+
+        kv_keys_move(t, left, left->count, right, 0, n);
+        kv_data_move(t, left, left->count, right, 0, n);
+        kv_keys_move(t, right, 0, right, n, before - n);
+        kv_data_move(t, right, 0, right, n, before - n);
+        left->count += (uint32_t)n;
+        right->count -= (uint32_t)n;
+        kv_node_pad(right, before);
+    } else {
+        size_t before = left->count;
+
+        kv_keys_move(t, right, n, right, 0, right->count);
+        kv_data_move(t, right, n, right, 0, right->count);
+        kv_keys_move(t, right, 0, left, before - n, n);
+        kv_data_move(t, right, 0, left, before - n, n);
+        left->count -= (uint32_t)n;
+        right->count += (uint32_t)n;
+        kv_node_pad(left, before);
+    }
+    assert(right->count > 0);
+    kv_key_set(t, parent, i, kv_key_at(t, right, 0));
+}
+
+/* Makes room in the full leaf at i: gives half of what a sibling has room for
+ * to it, or splits. At the right edge of the tree, where ascending keys go,
+ * it leaves the leaf full and begins a new one. */
+static void kv_edit_make_room(struct kv_edit *e, struct kv_node *parent,
+                              size_t i, bool append)
+{
+    const struct kv_tree *t = e->tree;
+    struct kv_node **children = kv_children(t, parent);
+    size_t cap = t->leaf.cap;
+    size_t enough = cap / 8 + 1;
+    size_t left = i > 0 ? cap - children[i - 1]->count : 0;
+    size_t right = i + 1 < parent->count ? cap - children[i + 1]->count : 0;
+
+    assert(children[i]->count == cap);
+    if (append)
+        kv_edit_split(e, parent, i, cap - 1);
+    else if (left >= enough && left >= right)
+        kv_edit_shift(e, parent, i - 1, (left + 1) / 2, true);
+    else if (right >= enough)
+        kv_edit_shift(e, parent, i, (right + 1) / 2, false);
+    else
+        kv_edit_split(e, parent, i, cap / 2);
+}
+
+/* A new root above the one that is full. */
+static void kv_edit_raise(struct kv_edit *e)
+{
+    struct kv_version *v = e->version;
+    struct kv_node *root = kv_edit_new(e, v->height);
+
+    assert(v->height < KV_HEIGHT_MAX);
+    kv_children(e->tree, root)[0] = v->root;
+    root->count = 1;
+    v->root = root;
+    v->height++;
+}
+
+static bool kv_node_full(const struct kv_tree *t, const struct kv_node *node)
+{
+    return node->count == kv_layout_of(t, node)->cap;
+}
+
+/* Does the key come after the last one of a leaf? */
+static bool kv_leaf_ends_before(const struct kv_tree *t,
+                                const struct kv_node *leaf, struct kv_probe p)
+{
+    bool match;
+
+    return kv_node_rank(t, leaf, leaf->count, p, true, &match) == leaf->count
+        && !match;
+}
+
+/*
+ * The leaf for the key, owned, with its path. A full inner node on the way is
+ * split before it is entered, so there is always room above a leaf. The right
+ * edge is split at its end: ascending keys leave full nodes behind.
+ */
+static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
+{
+    struct kv_tree *t = e->tree;
+    struct kv_version *v = e->version;
+    struct kv_node *node;
+    bool edge = true;
+
+    if (!v->root) {
+        v->root = kv_edit_new(e, 0);
+        v->height = 1;
+    }
+    if (v->height > 1 && kv_node_full(t, v->root)) kv_edit_raise(e);
+    node = kv_edit_own(e, &v->root);
+    while (node->level > 0) {
+        size_t i = kv_inner_child(t, node, p);
+        struct kv_node *child = kv_children(t, node)[i];
+        bool last = edge && i + 1 == node->count;
+
+        if (child->level > 0 && KV_UNLIKELY(kv_node_full(t, child))) {
+            (void)kv_edit_own(e, &kv_children(t, node)[i]);
+            kv_edit_split(e, node, i, last ? child->count - 1
+                                           : child->count / 2);
+            i = kv_inner_child(t, node, p);
+        }
+        edge = edge && i + 1 == node->count;
+        node = kv_edit_own(e, &kv_children(t, node)[i]);
+    }
+    return node;
+}
+
+static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
+                           size_t i, struct kv_probe p, const void *value)
+{
+    size_t n = leaf->count;
+
+    assert(n < t->leaf.cap);
+    kv_keys_move(t, leaf, i + 1, leaf, i, n - i);
+    kv_data_move(t, leaf, i + 1, leaf, i, n - i);
+    kv_key_set(t, leaf, i, p);
+    if (t->leaf.data_bytes)
+        memcpy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    leaf->count++;
+}
+
+/* The path to a leaf: nodes and the child taken in each. */
+struct kv_path {
+    struct kv_node *nodes[KV_HEIGHT_MAX];   /* by level */
+    size_t index[KV_HEIGHT_MAX];
+};
+
+static void kv_path_find(const struct kv_tree *t, struct kv_node *root,
+                         struct kv_probe p, struct kv_path *path)
+{
+    struct kv_node *node = root;
+
+    for (;;) {
+        uint32_t level = node->level;
+
+        path->nodes[level] = node;
+        if (level == 0) return;
+        path->index[level] = kv_inner_child(t, node, p);
+        node = kv_children(t, node)[path->index[level]];
+    }
+}
+
+/* Inserts into a leaf that is full: rare, so it finds the parent again. */
+KV_NOINLINE
+static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
+                                const void *value)
+{
+    struct kv_tree *t = e->tree;
+    struct kv_path path;
+    struct kv_node *leaf;
+    bool match;
+    bool append = true;
+    size_t i;
+
+    if (e->version->height == 1) kv_edit_raise(e);
+    kv_path_find(t, e->version->root, p, &path);
+    for (uint32_t level = 1; level < e->version->height; level++)
+        append = append && path.index[level] + 1 == path.nodes[level]->count;
+    append = append && kv_leaf_ends_before(t, path.nodes[0], p);
+    kv_edit_make_room(e, path.nodes[1], path.index[1], append);
+    i = kv_inner_child(t, path.nodes[1], p);
+    leaf = kv_edit_own(e, &kv_children(t, path.nodes[1])[i]);
+    i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    assert(!match);
+    kv_leaf_insert(t, leaf, i, p, value);
+}
+
+/* True: a record was replaced; its value is copied to `previous` (may be
+ * NULL). value must not be NULL. */
+static bool kv_edit_put(struct kv_edit *e, const void *key, const void *value,
+                        void *previous)
+{
+    struct kv_tree *t = e->tree;
+    struct kv_version *v = e->version;
+    struct kv_probe p = kv_probe_make(t, key);
+    struct kv_node *leaf = kv_edit_descend(e, p);
+    bool match;
+    size_t i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+
+    kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key, value));
+    if (match) {
+        unsigned char *old = kv_value(t, leaf, i);
+
+        kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, old));
+        if (previous) memcpy(previous, old, t->leaf.data_bytes);
+        memcpy(old, value, t->leaf.data_bytes);
+        return true;
+    }
+    v->count++;
+    if (KV_LIKELY(leaf->count < t->leaf.cap))
+        kv_leaf_insert(t, leaf, i, p, value);
+    else
+        kv_edit_insert_full(e, p, value);
+    return false;
+}
+
+/* Joins child i of a node with its right sibling, when both together leave
+ * some room. */
+static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
+{
+    const struct kv_tree *t = e->tree;
+    struct kv_node **children = kv_children(t, parent);
+    struct kv_node *right = children[i + 1];
+    struct kv_node *left;
+    size_t n = children[i]->count;
+
+    if (n + right->count > kv_layout_of(t, right)->cap * 3 / 4) return false;
+    left = kv_edit_own(e, &children[i]);
+    if (left->level > 0)
+        kv_key_set(t, left, n - 1, kv_key_at(t, parent, i));
+    kv_keys_move(t, left, n, right, 0, kv_node_keys(right));
+    kv_data_move(t, left, n, right, 0, right->count);
+    left->count += right->count;
+    kv_inner_remove(t, parent, i + 1);
+    kv_edit_retire(e, right);
+    return true;
+}
+
+/* Mends the path above a leaf that lost a record: joins nodes that are less
+ * than a quarter full, takes out empty ones, lowers the root. */
+static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
+{
+    const struct kv_tree *t = e->tree;
+    struct kv_version *v = e->version;
+
+    for (uint32_t level = 0; level + 1 < v->height; level++) {
+        struct kv_node *node = path->nodes[level];
+        struct kv_node *parent = path->nodes[level + 1];
+        size_t i = path->index[level + 1];
+
+        if (node->count > kv_layout_of(t, node)->cap / 4) break;
+        if (node->count == 0) {
+            kv_inner_remove(t, parent, i);
+            kv_edit_retire(e, node);
+        } else if (!(i + 1 < parent->count && kv_edit_join(e, parent, i))
+                   && !(i > 0 && kv_edit_join(e, parent, i - 1))) {
+            break;
+        }
+    }
+    while (v->root && v->root->level > 0 && v->root->count <= 1) {
+        struct kv_node *old = v->root;
+
+        assert(old->count == 1);
+        v->root = kv_children(t, old)[0];
+        v->height--;
+        kv_edit_retire(e, old);
+    }
+    if (v->root->count == 0) {
+        kv_edit_retire(e, v->root);
+        v->root = NULL;
+        v->height = 0;
+    }
+}
+
+/* True: there was a record; its value is copied to `previous` (may be NULL).
+ */
+static bool kv_edit_remove(struct kv_edit *e, const void *key, void *previous)
+{
+    struct kv_tree *t = e->tree;
+    struct kv_version *v = e->version;
+    struct kv_probe p = kv_probe_make(t, key);
+    const unsigned char *value = kv_edit_find(e, key);
+    struct kv_path path;
+    struct kv_node *leaf;
+    bool match;
+    size_t i;
+
+    if (!value) return false;
+    if (previous) memcpy(previous, value, t->leaf.data_bytes);
+    kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, value));
+    v->count--;
+
+    path.nodes[v->height - 1] = kv_edit_own(e, &v->root);
+    for (uint32_t level = v->height - 1; level > 0; level--) {
+        struct kv_node *node = path.nodes[level];
+
+        path.index[level] = kv_inner_child(t, node, p);
+        path.nodes[level - 1] =
+            kv_edit_own(e, &kv_children(t, node)[path.index[level]]);
+    }
+    leaf = path.nodes[0];
+    i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    assert(match);
+    kv_keys_move(t, leaf, i, leaf, i + 1, leaf->count - 1 - i);
+    kv_data_move(t, leaf, i, leaf, i + 1, leaf->count - 1 - i);
+    leaf->count--;
+    kv_heads(leaf)[leaf->count] = KV_HEAD_PAD;
+    kv_edit_mend(e, &path);
+    return true;
+}
+
+static void kv_edit_end_locked(struct kv_edit *e)
+{
+    struct kv_tree *t = e->tree;
+
+    t->leaves.reserved = 0;
+    t->inners.reserved = 0;
+    kv_tree_trim_locked(t);
+}
+
+/* Makes the state built the current one, as of commit `seq`. */
+static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
+{
+    struct kv_tree *t = e->tree;
+    struct kv_version *v = e->version;
+    struct kv_version *base = kv_tree_current(t);
+
+    v->seq = seq;
+    if (e->in_place) {
+        atomic_store_explicit(&t->in_place, t->in_place + 1,
+                              memory_order_relaxed);
+        atomic_store_explicit(&t->gate, false, memory_order_release);
+        if (KV_LIKELY(!t->unreclaimed && t->leaves.empty_slabs <= 1
+                      && t->leaves.reserved == 0))
+            return;
+        pthread_mutex_lock(&t->lock);
+        (void)kv_tree_reclaim_locked(t);
+        kv_edit_end_locked(e);
+        pthread_mutex_unlock(&t->lock);
+        return;
+    }
+    pthread_mutex_lock(&t->lock);
+    t->copied++;
+    v->older = base;
+    base->newer = v;
+    while (e->dead) {
+        struct kv_node *node = e->dead;
+
+        e->dead = node->dead_next;
+        kv_version_bury_locked(t, base, node);
+    }
+    atomic_store(&t->current, v);
+    atomic_store(&t->gen, v->gen);
+    (void)kv_tree_reclaim_locked(t);
+    kv_edit_end_locked(e);
+    pthread_mutex_unlock(&t->lock);
+}
+
+/* Frees the nodes below and at `root` that were made in gen or later: those
+ * have only such ancestors (T5). Depth-first, without recursion. */
+static void kv_tree_free_nodes_locked(struct kv_tree *t, struct kv_node *root,
+                                      uint64_t gen)
+{
+    struct kv_path path;
+    uint32_t level;
+
+    if (!root || root->gen < gen) return;
+    level = root->level;
+    path.nodes[level] = root;
+    path.index[level] = 0;
+    for (;;) {
+        struct kv_node *node = path.nodes[level];
+
+        if (level > 0 && path.index[level] < node->count) {
+            struct kv_node *child = kv_children(t, node)[path.index[level]++];
+
+            if (child->gen < gen) continue;
+            path.nodes[--level] = child;
+            path.index[level] = 0;
+            continue;
+        }
+        level++;
+        kv_node_free_locked(t, node);
+        if (node == root) return;
+    }
+}
+
+/* Forgets the state built. In place: nothing may have been changed. */
+static void kv_edit_abort(struct kv_edit *e)
+{
+    struct kv_tree *t = e->tree;
+
+    if (e->in_place) {
+        atomic_store(&t->gate, false);
+        return;
+    }
+    pthread_mutex_lock(&t->lock);
+    kv_tree_free_nodes_locked(t, e->version->root, e->version->gen);
+    kv_edit_end_locked(e);
+    pthread_mutex_unlock(&t->lock);
+    kv_free(t->env, e->version);
+}
+
+/* ==========================================================================
+ * Cursors
+ *
+ * A path through a held version. Moving within a leaf touches the cursor and
+ * the leaf only. Carries (K1): index[0] is a record of nodes[0] while `valid`.
+ * ========================================================================== */
+
+struct kv_cursor {
+    const struct kv_tree *tree;
+    const struct kv_version *version;
+    struct kv_path path;
+    bool valid;
+    unsigned char key[KVMETA_KEY_BYTES_MAX + 8];
+};
+
+static void kv_cursor_init(const struct kv_tree *t,
+                           const struct kv_version *v, struct kv_cursor *c)
+{
+    c->tree = t;
+    c->version = v;
+    c->valid = false;
+}
+
+/* Assembles the key of the record on which the cursor stands. */
+static bool kv_cursor_stand(struct kv_cursor *c)
+{
+    const struct kv_tree *t = c->tree;
+    const struct kv_node *leaf = c->path.nodes[0];
+    size_t i = c->path.index[0];
+
+    assert(i < leaf->count);
+    kv_store_be64(c->key, (uint64_t)kv_heads(leaf)[i] ^ (uint64_t)1 << 63);
+    if (t->env->shape.tail_bytes)
+        memcpy(c->key + 8, kv_tail(t, leaf, i), t->env->shape.tail_bytes);
+    c->valid = true;
+    return true;
+}
+
+/* Goes from the node at `level` down to its first, or last, record. */
+static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
+{
+    const struct kv_tree *t = c->tree;
+
+    for (;; level--) {
+        struct kv_node *node = c->path.nodes[level];
+
+        c->path.index[level] = last ? node->count - 1 : 0;
+        if (level == 0) return;
+        c->path.nodes[level - 1] =
+            kv_children(t, node)[c->path.index[level]];
+    }
+}
+
+static bool kv_cursor_edge(struct kv_cursor *c, bool last)
+{
+    c->valid = false;
+    if (!c->version->root) return false;
+    c->path.nodes[c->version->height - 1] = c->version->root;
+    kv_cursor_fall(c, c->version->height - 1, last);
+    return kv_cursor_stand(c);
+}
+
+static bool kv_cursor_first(struct kv_cursor *c)
+{
+    return kv_cursor_edge(c, false);
+}
+
+static bool kv_cursor_last(struct kv_cursor *c)
+{
+    return kv_cursor_edge(c, true);
+}
+
+/* To the neighbouring leaf; false at the end of the tree. */
+static bool kv_cursor_cross(struct kv_cursor *c, bool forward)
+{
+    const struct kv_tree *t = c->tree;
+
+    for (uint32_t level = 1; level < c->version->height; level++) {
+        struct kv_node *node = c->path.nodes[level];
+        size_t i = c->path.index[level];
+
+        if (forward ? i + 1 >= node->count : i == 0) continue;
+        i = forward ? i + 1 : i - 1;
+        c->path.index[level] = i;
+        c->path.nodes[level - 1] = kv_children(t, node)[i];
+        /* The one after it is fetched while this one is read. */
+        if (level == 1 && forward && i + 1 < node->count)
+            kv_node_prefetch(kv_children(t, node)[i + 1], t->leaf.bytes);
+        kv_cursor_fall(c, level - 1, !forward);
+        return true;
+    }
+    c->valid = false;
+    return false;
+}
+
+static bool kv_cursor_next(struct kv_cursor *c)
+{
+    if (!c->valid) return false;
+    if (KV_LIKELY(++c->path.index[0] < c->path.nodes[0]->count))
+        return kv_cursor_stand(c);
+    return kv_cursor_cross(c, true) && kv_cursor_stand(c);
+}
+
+static bool kv_cursor_prev(struct kv_cursor *c)
+{
+    if (!c->valid) return false;
+    if (KV_LIKELY(c->path.index[0] > 0)) {
+        c->path.index[0]--;
+        return kv_cursor_stand(c);
+    }
+    return kv_cursor_cross(c, false) && kv_cursor_stand(c);
+}
+
+/* The first record with a key >= `key`. */
+static bool kv_cursor_seek(struct kv_cursor *c, const void *key)
+{
+    const struct kv_tree *t = c->tree;
+    struct kv_probe p = kv_probe_make(t, key);
+    struct kv_node *leaf;
+    bool match;
+
+    c->valid = false;
+    if (!c->version->root) return false;
+    kv_path_find(t, c->version->root, p, &c->path);
+    leaf = c->path.nodes[0];
+    c->path.index[0] = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    if (c->path.index[0] < leaf->count) return kv_cursor_stand(c);
+    return kv_cursor_cross(c, true) && kv_cursor_stand(c);
+}
+
+/* The last record with a key <= `key`. */
+static bool kv_cursor_seek_le(struct kv_cursor *c, const void *key)
+{
+    const struct kv_tree *t = c->tree;
+    struct kv_probe p = kv_probe_make(t, key);
+    struct kv_node *leaf;
+    bool match;
+
+    c->valid = false;
+    if (!c->version->root) return false;
+    kv_path_find(t, c->version->root, p, &c->path);
+    leaf = c->path.nodes[0];
+    c->path.index[0] = kv_node_rank(t, leaf, leaf->count, p, true, &match);
+    if (c->path.index[0] > 0) {
+        c->path.index[0]--;
+        return kv_cursor_stand(c);
+    }
+    return kv_cursor_cross(c, false) && kv_cursor_stand(c);
+}
+
+static const unsigned char *kv_cursor_key(const struct kv_cursor *c)
+{
+    return c->key;
+}
+
+static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
+{
+    return kv_value(c->tree, c->path.nodes[0], c->path.index[0]);
+}
+
+/* ==========================================================================
+ * Bulk load
+ *
+ * Builds the tree of an open from sorted records: each loader fills leaves on
+ * its own thread, for its own range of keys; kv_tree_adopt joins them and
+ * builds the levels above.
+ * ========================================================================== */
+
+struct kv_loader {
+    struct kv_tree *tree;
+    struct kv_node **leaves;
+    size_t count;
+    size_t cap;
+    uint64_t records;
+    struct kvmeta_digest digest;
+};
+
+static void kv_loader_init(struct kv_tree *t, struct kv_loader *loader)
+{
+    memset(loader, 0, sizeof *loader);
+    loader->tree = t;
+}
+
+/* Nodes are filled to about 95 %, so that the first changes find room. */
+static size_t kv_load_fill(const struct kv_layout *l)
+{
+    return l->cap - l->cap / 20;
+}
+
+/* A node with one more reserved for it, of the first gen. */
+static int kv_load_node(struct kv_tree *t, uint32_t level,
+                        struct kv_node **out, struct kvmeta_error *err)
+{
+    const struct kv_layout *l = level == 0 ? &t->leaf : &t->inner;
+    struct kv_pool *pool = level == 0 ? &t->leaves : &t->inners;
+    struct kv_node *node;
+    int64_t *heads;
+    int rc;
+
+    pthread_mutex_lock(&t->lock);
+    rc = kv_pool_reserve_locked(t, pool, 1, err);
+    node = rc ? NULL : kv_pool_take(pool);
+    pthread_mutex_unlock(&t->lock);
+    if (rc) return rc;
+    node->gen = kv_tree_current(t)->gen;
+    node->dead_next = NULL;
+    node->count = 0;
+    node->level = level;
+    heads = kv_heads(node);
+    for (size_t i = 0; i < l->cap_padded; i++) heads[i] = KV_HEAD_PAD;
+    *out = node;
+    return KVMETA_OK;
+}
+
+/* Keys must ascend. */
+static int kv_loader_add(struct kv_loader *loader, const void *key,
+                         const void *value, struct kvmeta_error *err)
+{
+    struct kv_tree *t = loader->tree;
+    struct kv_node *leaf = loader->count ? loader->leaves[loader->count - 1]
+                                         : NULL;
+    size_t i;
+
+    if (!leaf || leaf->count >= kv_load_fill(&t->leaf)) {
+        int rc = kv_grow(t->env, (void **)&loader->leaves, &loader->cap,
+                         loader->count + 1, sizeof(struct kv_node *), err);
+
+        if (!rc) rc = kv_load_node(t, 0, &leaf, err);
+        if (rc) return rc;
+        loader->leaves[loader->count++] = leaf;
+    }
+    i = leaf->count++;
+    kv_key_set(t, leaf, i, kv_probe_make(t, key));
+    if (t->leaf.data_bytes)
+        memcpy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    assert(i == 0 || kv_heads(leaf)[i] >= kv_heads(leaf)[i - 1]);
+    kv_digest_add(&loader->digest,
+                  kv_digest_record(&t->env->shape, key, value));
+    loader->records++;
+    return KVMETA_OK;
+}
+
+/* Frees the leaves that were not adopted. Accepts a zeroed loader. */
+static void kv_loader_free(struct kv_loader *loader)
+{
+    struct kv_tree *t = loader->tree;
+
+    if (!t) return;
+    pthread_mutex_lock(&t->lock);
+    for (size_t i = 0; i < loader->count; i++)
+        kv_node_free_locked(t, loader->leaves[i]);
+    pthread_mutex_unlock(&t->lock);
+    kv_free(t->env, loader->leaves);
+    memset(loader, 0, sizeof *loader);
+}
+
+/* The first record below a node. */
+static struct kv_probe kv_node_first_key(const struct kv_tree *t,
+                                         const struct kv_node *node)
+{
+    while (node->level > 0) node = kv_children(t, node)[0];
+    return kv_key_at(t, node, 0);
+}
+
+/* Puts parents above the n nodes of one level; *n becomes their number. On
+ * failure all nodes given are freed, with what is below them. */
+static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
+                         struct kvmeta_error *err)
+{
+    size_t fill = kv_load_fill(&t->inner);
+    size_t made = 0;
+    size_t i = 0;
+    int rc = KVMETA_OK;
+
+    while (i < *n) {
+        size_t children = (size_t)kv_min(fill, *n - i);
+        struct kv_node *parent = NULL;
+
+        rc = kv_load_node(t, nodes[i]->level + 1, &parent, err);
+        if (rc) break;
+        for (size_t k = 0; k < children; k++) {
+            struct kv_node *child = nodes[i + k];
+
+            if (k > 0) kv_key_set(t, parent, k - 1,
+                                  kv_node_first_key(t, child));
+            kv_children(t, parent)[k] = child;
+        }
+        parent->count = (uint32_t)children;
+        i += children;
+        nodes[made++] = parent;
+    }
+    if (rc) {
+        pthread_mutex_lock(&t->lock);
+        for (size_t k = 0; k < made; k++)
+            kv_tree_free_nodes_locked(t, nodes[k], 0);
+        for (; i < *n; i++) kv_tree_free_nodes_locked(t, nodes[i], 0);
+        pthread_mutex_unlock(&t->lock);
+        made = 0;
+    }
+    *n = made;
+    return rc;
+}
+
+/* Takes over what the loaders hold, as the state of commit `seq`. The tree
+ * must be empty and unread. */
+static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
+                         size_t loaders_count, uint64_t seq,
+                         struct kvmeta_error *err)
+{
+    struct kv_version *v = kv_tree_current(t);
+    struct kv_node **nodes;
+    size_t n = 0;
+    int rc = KVMETA_OK;
+
+    assert(!v->root);
+    for (size_t i = 0; i < loaders_count; i++) n += loaders[i].count;
+    nodes = kv_alloc(t->env, (n + 1) * sizeof(struct kv_node *));
+    if (!nodes) return kv_fail_memory(err, (n + 1) * sizeof(struct kv_node *));
+    n = 0;
+    for (size_t i = 0; i < loaders_count; i++) {
+        if (loaders[i].count)
+            memcpy(nodes + n, loaders[i].leaves,
+                   loaders[i].count * sizeof(struct kv_node *));
+        n += loaders[i].count;
+        loaders[i].count = 0;
+    }
+    v->height = n > 0;
+    while (n > 1 && !rc) {
+        rc = kv_load_level(t, nodes, &n, err);
+        v->height++;
+    }
+    if (!rc) {
+        v->root = n ? nodes[0] : NULL;
+        v->seq = seq;
+        for (size_t i = 0; i < loaders_count; i++) {
+            v->count += loaders[i].records;
+            kv_digest_add(&v->digest, loaders[i].digest);
+        }
+    }
+    kv_free(t->env, nodes);
+    return rc;
+}
+
+/* ==========================================================================
+ * Tree: start, end, check
+ * ========================================================================== */
+
+/* In a forked child, where whoever held the lock does not exist. */
+static void kv_tree_forget_lock(struct kv_tree *t)
+{
+    (void)pthread_mutex_init(&t->lock, NULL);
+}
+
+/* Accepts a zeroed tree, and one whose init failed. */
+static void kv_tree_free(struct kv_tree *t)
+{
+    struct kv_version *v = kv_tree_current(t);
+
+    if (!t->lock_made) return;
+    pthread_mutex_lock(&t->lock);
+    while (t->oldest && t->oldest->newer) {
+        size_t budget = SIZE_MAX;
+
+        assert(atomic_load(&t->oldest->refs) == 0);
+        (void)kv_version_free_locked(t, t->oldest, &budget);
+    }
+    if (v) {
+        assert(!v->dead);
+        kv_tree_free_nodes_locked(t, v->root, 0);
+        kv_free(t->env, v);
+    }
+    kv_pool_free(&t->leaves);
+    kv_pool_free(&t->inners);
+    pthread_mutex_unlock(&t->lock);
+    kv_free(t->env, t->slots_memory);
+    pthread_mutex_destroy(&t->lock);
+    memset(t, 0, sizeof *t);
+}
+
+static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
+                        uint64_t memory_bytes_max, struct kvmeta_error *err)
+{
+    const struct kv_shape *shape = &env->shape;
+    size_t slots_bytes = sizeof(struct kv_slot) * KV_SLOTS + KV_CACHE_LINE;
+    struct kv_version *v;
+    unsigned char *slots;
+
+    memset(t, 0, sizeof *t);
+    t->env = env;
+    t->memory_bytes_max = memory_bytes_max;
+#if KV_X86
+    t->avx2 = __builtin_cpu_supports("avx2");
+    t->sse42 = __builtin_cpu_supports("sse4.2");
+#endif
+    kv_layout_init(&t->leaf, shape->tail_bytes, shape->value_bytes,
+                   KV_LEAF_BYTES, KV_LEAF_MIN);
+    kv_layout_init(&t->inner, shape->tail_bytes, sizeof(struct kv_node *),
+                   KV_INNER_BYTES, KV_INNER_MIN);
+    t->leaves.env = t->inners.env = env;
+    t->leaves.node_bytes = t->leaf.bytes;
+    t->inners.node_bytes = t->inner.bytes;
+    if (pthread_mutex_init(&t->lock, NULL))
+        return kv_fail_memory(err, sizeof t->lock);
+    t->lock_made = true;
+
+    slots = t->slots_memory = kv_alloc_zeroed(env, slots_bytes);
+    v = kv_alloc_zeroed(env, sizeof *v);
+    if (!slots || !v) {
+        kv_free(env, v);
+        kv_tree_free(t);
+        return kv_fail_memory(err, slots_bytes);
+    }
+    slots += kv_align_up((uintptr_t)slots, KV_CACHE_LINE) - (uintptr_t)slots;
+    t->slots = (struct kv_slot *)(void *)slots;
+    v->gen = 1;
+    t->oldest = v;
+    atomic_store(&t->current, v);
+    atomic_store(&t->gen, v->gen);
+    return KVMETA_OK;
+}
+
+/* The rules that hold for one node on its own; NULL: all do. */
+static const char *kv_node_check(const struct kv_tree *t,
+                                 const struct kv_node *node)
+{
+    const struct kv_layout *l = kv_layout_of(t, node);
+    size_t keys;
+
+    if (node->count < 1 || node->count > l->cap) return "T3: node count";
+    keys = kv_node_keys(node);
+    for (size_t i = keys; i < l->cap_padded; i++)
+        if (kv_heads(node)[i] != KV_HEAD_PAD) return "T4: head pad";
+    for (size_t i = 1; i < keys; i++) {
+        struct kv_probe a = kv_key_at(t, node, i - 1);
+        struct kv_probe b = kv_key_at(t, node, i);
+
+        if (a.head > b.head) return "T1: order within a node";
+        if (a.head == b.head
+            && memcmp(a.tail, b.tail, t->env->shape.tail_bytes) >= 0)
+            return "T1: order within a node";
+    }
+    for (size_t i = 0; node->level > 0 && i < node->count; i++) {
+        const struct kv_node *child = kv_children(t, node)[i];
+
+        if (child->level + 1 != node->level) return "T2: level";
+        if (child->gen > node->gen) return "T5: child younger than parent";
+    }
+    return NULL;
+}
+
+/* All nodes on the path of the cursor that it enters for the first time. */
+static const char *kv_path_check(const struct kv_cursor *c)
+{
+    for (uint32_t level = 0; level < c->version->height; level++) {
+        const char *rule = kv_node_check(c->tree, c->path.nodes[level]);
+
+        if (rule) return rule;
+        if (level + 1 < c->version->height && c->path.index[level + 1] > 0) {
+            /* A left neighbour exists: the separator must be above it, and
+             * not above this one. */
+            struct kv_probe s = kv_key_at(c->tree, c->path.nodes[level + 1],
+                                          c->path.index[level + 1] - 1);
+            struct kv_probe first =
+                kv_node_first_key(c->tree, c->path.nodes[level]);
+
+            if (s.head > first.head) return "T1: separator";
+            if (s.head == first.head
+                && memcmp(s.tail, first.tail,
+                          c->tree->env->shape.tail_bytes) > 0)
+                return "T1: separator";
+        }
+        if (c->path.index[level] != 0) break;
+    }
+    return NULL;
+}
+
+/* Reads all of a held version. Returns the broken rule, or NULL. */
+static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
+{
+    unsigned char last[KVMETA_KEY_BYTES_MAX];
+    struct kvmeta_digest digest = {0, 0};
+    struct kv_cursor c;
+    uint64_t count = 0;
+    size_t key_bytes = t->env->shape.key_bytes;
+
+    if (!v->root != (v->height == 0)) return "T2: height";
+    if (v->root && v->root->level + 1 != v->height) return "T2: height";
+    kv_cursor_init(t, v, &c);
+    for (bool there = kv_cursor_first(&c); there; there = kv_cursor_next(&c)) {
+        if (c.path.index[0] == 0) {
+            const char *rule = kv_path_check(&c);
+
+            if (rule) return rule;
+        }
+        if (count > 0 && memcmp(last, c.key, key_bytes) >= 0)
+            return "T1: order across leaves";
+        memcpy(last, c.key, key_bytes);
+        kv_digest_add(&digest, kv_digest_record(&t->env->shape, c.key,
+                                                kv_cursor_value(&c)));
+        count++;
+    }
+    if (count != v->count) return "T6: count";
+    return kv_digest_equal(digest, v->digest) ? NULL : "T6: digest";
+}
+
+struct kv_tree_usage {
+    uint64_t resident_bytes;
+    uint64_t pinned_bytes;
+    uint64_t snapshots;
+    uint64_t oldest_snapshot_seq;
+    uint64_t copied;
+    uint64_t in_place;
+};
+
+static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
+{
+    memset(u, 0, sizeof *u);
+    pthread_mutex_lock(&t->lock);
+    u->resident_bytes = t->leaves.bytes + t->inners.bytes;
+    u->pinned_bytes = t->dead_bytes;
+    u->copied = t->copied;
+    u->in_place = t->in_place;
+    for (struct kv_version *v = t->oldest; v; v = v->newer) {
+        uint64_t refs = atomic_load(&v->refs);
+
+        if (refs && !u->snapshots) u->oldest_snapshot_seq = v->seq;
+        u->snapshots += refs;
+    }
+    pthread_mutex_unlock(&t->lock);
+}
+/* ==========================================================================
+ * Background jobs and sources
+ *
+ * A job carries what a long piece of work needs besides its data: the order
+ * to stop, and the rate that it must keep to. A source hands out records in
+ * ascending order of their keys; tables, logs and merges are sources.
+ *
+ *   (S1) The keys of one source ascend strictly.
+ *   (S2) What a source points at stays valid until its following `next`.
+ * ========================================================================== */
+
+enum { KV_PACE_SLICE_NS = 50 * 1000 * 1000 };
+
+struct kv_job {
+    struct kv_env *env;
+    int zstd_level;
+    _Atomic bool *stop;           /* or NULL: cannot be stopped */
+    uint64_t bytes_per_s;         /* 0: as fast as it can */
+    uint64_t due_ns;              /* the bytes so far are paid for then */
+};
+
+static bool kv_job_stopped(const struct kv_job *job)
+{
+    return job->stop && atomic_load_explicit(job->stop, memory_order_relaxed);
+}
+
+/* Sleeps in slices, so that an order to stop is obeyed soon. The time left is
+ * counted down from the slices and not read from the clock again: a clock
+ * that stands still, or runs backwards, must not hang the worker. */
+static int kv_job_sleep(const struct kv_job *job, uint64_t ns)
+{
+    while (ns > 0) {
+        uint64_t slice = kv_min(ns, KV_PACE_SLICE_NS);
+
+        assert(slice < 1000000000u);
+        nanosleep(&(struct timespec){.tv_nsec = (long)slice}, NULL);
+        if (kv_job_stopped(job)) return KV_STOPPED;
+        ns -= slice;
+    }
+    return KVMETA_OK;
+}
+
+/* Called for every block that is read or written, before the next one. Idle
+ * time is not saved up for a burst. */
+static int kv_job_pace(struct kv_job *job, uint64_t bytes)
+{
+    const struct kvmeta_vfs *vfs = job->env->vfs;
+    uint64_t now;
+
+    if (kv_job_stopped(job)) return KV_STOPPED;
+    if (job->bytes_per_s == 0) return KVMETA_OK;
+    assert(bytes <= UINT32_MAX); /* so that the product fits */
+    now = vfs->clock_ns(vfs->user);
+    job->due_ns = kv_max(job->due_ns, now)
+                + bytes * 1000000000u / job->bytes_per_s;
+    assert(job->due_ns >= now);
+    return kv_job_sleep(job, job->due_ns - now);
+}
+
+_Static_assert(KV_PACE_SLICE_NS < 1000000000, "a slice fits in tv_nsec");
+
+/* next: KVMETA_OK and stands on the following record, KV_END, or an error. */
+struct kv_source {
+    int (*next)(struct kv_source *source, struct kvmeta_error *err);
+    const unsigned char *key;
+    const unsigned char *value;   /* NULL: a tombstone */
+    uint64_t head;                /* kv_key_head(key) */
+};
+
+/* Orders two keys whose heads are known, as memcmp does. The tail of 8 bytes
+ * is that of two numbers in a row, the most common key of a map. */
+static int kv_key_compare(const struct kv_shape *shape,
+                          const unsigned char *a, uint64_t head_a,
+                          const unsigned char *b, uint64_t head_b)
+{
+    if (head_a != head_b) return head_a < head_b ? -1 : 1;
+    assert(head_a == kv_key_head(shape, a));
+    assert(head_b == kv_key_head(shape, b));
+    if (shape->tail_bytes == 0) return 0;
+    if (shape->tail_bytes == 8) {
+        uint64_t tail_a = kv_load_be64(a + 8);
+        uint64_t tail_b = kv_load_be64(b + 8);
+
+        return (tail_a > tail_b) - (tail_a < tail_b);
+    }
+    return memcmp(a + 8, b + 8, shape->tail_bytes);
+}
+
+/* ==========================================================================
+ * Byte planes
+ *
+ * The columns of a block: plane p holds byte p of every record. A plane is
+ * stored as it is, or as differences mod 256 to the record before, or as
+ * differences less a carry: 1 where the neighbour plane, one byte less
+ * significant, became smaller. With the carry the planes of a growing number
+ * turn into the digits of its growth. Keys are big-endian, so that the
+ * neighbour of plane p is p + 1; values are little-endian on most hosts, so
+ * there it is p - 1. The vector code and the plain one make the same bytes.
+ *
+ *   (B1) Decoding a plane is the inverse of encoding it, whatever the bytes.
+ * ========================================================================== */
+
+enum kv_plane_mode {
+    KV_PLANE_PLAIN = 0,
+    KV_PLANE_DELTA = 1,
+    KV_PLANE_CARRY = 2,
+    KV_PLANE_MODES = 3
+};
+
+enum { KV_TILE = 16 };            /* rows and columns turned at a time */
+
+#if KV_X86
+/* Turns 16 x 16 bytes: after four rounds of interleaving row i with row i + 8
+ * byte (i, j) has become byte (j, i). */
+static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
+                              unsigned char *dst, size_t dst_stride)
+{
+    __m128i a[KV_TILE], b[KV_TILE];
+
+    for (size_t i = 0; i < KV_TILE; i++)
+        a[i] = _mm_loadu_si128((const void *)(src + i * src_stride));
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < KV_TILE / 2; i++) {
+            b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+            b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+        }
+        for (int i = 0; i < KV_TILE / 2; i++) {
+            a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
+            a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
+        }
+    }
+    for (size_t i = 0; i < KV_TILE; i++)
+        _mm_storeu_si128((void *)(dst + i * dst_stride), a[i]);
+}
+#else
+static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
+                              unsigned char *dst, size_t dst_stride)
+{
+    for (size_t i = 0; i < KV_TILE; i++) {
+        for (size_t j = 0; j < KV_TILE; j++)
+            dst[j * dst_stride + i] = src[i * src_stride + j];
+    }
+}
+#endif
+
+/* A tile at the edge: goes through a square of its own, so that nothing
+ * outside of the matrix is read or written. */
+static void kv_tile_transpose_edge(const unsigned char *src, size_t src_stride,
+                                   unsigned char *dst, size_t dst_stride,
+                                   size_t rows, size_t columns)
+{
+    unsigned char in[KV_TILE * KV_TILE];
+    unsigned char out[KV_TILE * KV_TILE];
+
+    assert(rows > 0 && rows <= KV_TILE);
+    assert(columns > 0 && columns <= KV_TILE);
+    memset(in, 0, sizeof in);
+    for (size_t i = 0; i < rows; i++)
+        memcpy(in + i * KV_TILE, src + i * src_stride, columns);
+    kv_tile_transpose(in, KV_TILE, out, KV_TILE);
+    for (size_t j = 0; j < columns; j++)
+        memcpy(dst + j * dst_stride, out + j * KV_TILE, rows);
+}
+
+/* src: rows x columns bytes, row by row; dst: the same, column by column. */
+static void kv_plane_transpose(const unsigned char *src, size_t rows,
+                               size_t columns, unsigned char *dst)
+{
+    assert(src != dst);
+    for (size_t i = 0; i < rows; i += KV_TILE) {
+        size_t high = rows - i < KV_TILE ? rows - i : KV_TILE;
+
+        for (size_t j = 0; j < columns; j += KV_TILE) {
+            size_t wide = columns - j < KV_TILE ? columns - j : KV_TILE;
+            const unsigned char *from = src + i * columns + j;
+            unsigned char *to = dst + j * rows + i;
+
+            if (KV_LIKELY(high == KV_TILE && wide == KV_TILE))
+                kv_tile_transpose(from, columns, to, rows);
+            else
+                kv_tile_transpose_edge(from, columns, to, rows, high, wide);
+        }
+    }
+}
+
+/* The carry into record i out of the neighbour plane `low`; NULL: none. */
+static unsigned kv_plane_carry(const unsigned char *low, size_t i)
+{
+    assert(i > 0);
+    return low && low[i] < low[i - 1];
+}
+
+#if KV_X86
+/* 16 carries at once, each 0 or 1. low: at record i >= 1. */
+static __m128i kv_plane_carry16(const unsigned char *low)
+{
+    __m128i now = _mm_loadu_si128((const void *)low);
+    __m128i before = _mm_loadu_si128((const void *)(low - 1));
+    __m128i no_carry = _mm_cmpeq_epi8(_mm_max_epu8(now, before), now);
+
+    return _mm_add_epi8(no_carry, _mm_set1_epi8(1));
+}
+
+#endif
+
+/* Encodes the records from..to of plane x to `out`. low: the neighbour plane,
+ * not encoded, for KV_PLANE_CARRY. */
+static void kv_plane_encode(int mode, const unsigned char *x,
+                            const unsigned char *low, size_t from, size_t to,
+                            unsigned char *out)
+{
+    size_t i = from;
+
+    assert(from <= to);
+    assert(mode < KV_PLANE_MODES);
+    assert(mode != KV_PLANE_CARRY || low);
+    assert(x != out);             /* x[i - 1] is still needed */
+    if (mode == KV_PLANE_PLAIN) {
+        memcpy(out, x + from, to - from);
+        return;
+    }
+    if (mode == KV_PLANE_DELTA) low = NULL;
+    if (i == 0 && i < to) out[i++] = x[0];
+#if KV_X86
+    for (; i + 16 <= to; i += 16) {
+        __m128i d = _mm_sub_epi8(_mm_loadu_si128((const void *)(x + i)),
+                                 _mm_loadu_si128((const void *)(x + i - 1)));
+
+        if (low) d = _mm_sub_epi8(d, kv_plane_carry16(low + i));
+        _mm_storeu_si128((void *)(out + (i - from)), d);
+    }
+#endif
+    for (; i < to; i++)
+        out[i - from] = (unsigned char)(x[i] - x[i - 1]
+                                        - kv_plane_carry(low, i));
+}
+
+#if KV_X86
+/* The inverse from record i on, 16 at a time: a running sum, by doubling
+ * steps within the 16. Returns the first record that is left. */
+static size_t kv_plane_decode16(unsigned char *x, const unsigned char *low,
+                                size_t i, size_t n)
+{
+    __m128i sum = _mm_set1_epi8((char)x[i - 1]);
+
+    assert(i >= 1);
+    for (; i + 16 <= n; i += 16) {
+        __m128i d = _mm_loadu_si128((const void *)(x + i));
+
+        if (low) d = _mm_add_epi8(d, kv_plane_carry16(low + i));
+        d = _mm_add_epi8(d, _mm_slli_si128(d, 1));
+        d = _mm_add_epi8(d, _mm_slli_si128(d, 2));
+        d = _mm_add_epi8(d, _mm_slli_si128(d, 4));
+        d = _mm_add_epi8(d, _mm_slli_si128(d, 8));
+        sum = _mm_add_epi8(d, sum);
+        _mm_storeu_si128((void *)(x + i), sum);
+        /* The last of the 16 goes on into the next 16. */
+        sum = _mm_unpackhi_epi8(sum, sum);
+        sum = _mm_shufflehi_epi16(sum, 0xFF);
+        sum = _mm_unpackhi_epi64(sum, sum);
+    }
+    return i;
+}
+#endif
+
+/* The inverse of encoding the records 0..n, in place. low: decoded. */
+static void kv_plane_decode(int mode, unsigned char *x,
+                            const unsigned char *low, size_t n)
+{
+    size_t i = 1;
+
+    assert(mode < KV_PLANE_MODES);
+    assert(mode != KV_PLANE_CARRY || low);
+    if (mode == KV_PLANE_PLAIN || n < 2) return;
+    if (mode == KV_PLANE_DELTA) low = NULL;
+#if KV_X86
+    i = kv_plane_decode16(x, low, i, n);
+#endif
+    for (; i < n; i++)
+        x[i] = (unsigned char)(x[i] + x[i - 1] + kv_plane_carry(low, i));
+}
+
+/* ==========================================================================
+ * Block layout
+ *
+ * How a block is to be encoded: the mode of each plane, and where the zstd
+ * frame is cut into zstd blocks. A zstd block has one Huffman code for all of
+ * its literals, so planes of unlike bytes are better kept apart, and planes
+ * of like bytes together. Both choices are by the order-0 entropy of a
+ * sample, in fixed point, so that every machine makes the same file.
+ * ========================================================================== */
+
+enum {
+    KV_LAYOUT_PLANES_MAX = 2048,
+    KV_LAYOUT_SAMPLE = 512,       /* bytes of a plane that are looked at */
+    KV_LAYOUT_RUNS = 8,           /* in so many runs */
+    KV_LAYOUT_BIT = 1024,         /* one bit of entropy */
+    KV_LAYOUT_CUT_BITS = 1280     /* what a Huffman code of its own costs */
+};
+
+/* What a sample of bytes looks like. */
+struct kv_histogram {
+    uint32_t count[256];
+    uint32_t total;
+    uint64_t bits;                /* of an order-0 code, in 1 / KV_LAYOUT_BIT */
+};
+
+struct kv_block_layout {
+    uint8_t mode[KV_LAYOUT_PLANES_MAX];
+    bool cut[KV_LAYOUT_PLANES_MAX]; /* a zstd block starts with this plane */
+};
+
+static unsigned kv_log2_floor(uint32_t n)
+{
+    assert(n > 0);
+#if defined(__GNUC__)
+    return 31u - (unsigned)__builtin_clz(n);
+#else
+    {
+        unsigned log = 0;
+
+        while (n >>= 1) log++;
+        return log;
+    }
+#endif
+}
+
+/* n * log2(n) * KV_LAYOUT_BIT, to about one percent. The parabola stands in for
+ * log2(1 + f) - f. */
+static uint64_t kv_block_layout_term(uint32_t n)
+{
+    unsigned log = kv_log2_floor(n);
+    uint64_t f = (((uint64_t)n << 10) >> log) - 1024;
+
+    assert(f < 1024);
+    return n * ((uint64_t)log * KV_LAYOUT_BIT + f
+                + (f * (1024 - f) * 352 >> 20));
+}
+
+static void kv_histogram_cost(struct kv_histogram *h)
+{
+    uint64_t bits = h->total ? kv_block_layout_term(h->total) : 0;
+
+    for (int i = 0; i < 256; i++) {
+        uint64_t term = h->count[i] > 1 ? kv_block_layout_term(h->count[i]) : 0;
+
+        bits = bits > term ? bits - term : 0;
+    }
+    h->bits = bits;
+}
+
+static void kv_histogram_of(struct kv_histogram *h, const unsigned char *bytes,
+                            size_t n)
+{
+    assert(n <= KV_LAYOUT_SAMPLE);
+    memset(h->count, 0, sizeof h->count);
+    for (size_t i = 0; i < n; i++) h->count[bytes[i]]++;
+    h->total = (uint32_t)n;
+    kv_histogram_cost(h);
+}
+
+static void kv_histogram_sum(struct kv_histogram *sum,
+                             const struct kv_histogram *a,
+                             const struct kv_histogram *b)
+{
+    for (int i = 0; i < 256; i++) sum->count[i] = a->count[i] + b->count[i];
+    sum->total = a->total + b->total;
+    assert(sum->total >= a->total);
+    kv_histogram_cost(sum);
+}
+
+/* The sample of a plane as it would look in `mode`: all of it, or a few runs,
+ * because differences exist between neighbours only. Returns its size. */
+static size_t kv_block_layout_sample(int mode, const unsigned char *plane,
+                               const unsigned char *low, size_t n,
+                               unsigned char sample[KV_LAYOUT_SAMPLE])
+{
+    size_t run = KV_LAYOUT_SAMPLE / KV_LAYOUT_RUNS;
+
+    if (n <= KV_LAYOUT_SAMPLE) {
+        kv_plane_encode(mode, plane, low, 0, n, sample);
+        return n;
+    }
+    for (size_t i = 0; i < KV_LAYOUT_RUNS; i++) {
+        size_t from = 1 + (n - 1 - run) / (KV_LAYOUT_RUNS - 1) * i;
+
+        assert(from + run <= n);
+        kv_plane_encode(mode, plane, low, from, from + run, sample + i * run);
+    }
+    return KV_LAYOUT_SAMPLE;
+}
+
+/* Takes the mode that makes the plane smallest, and leaves its histogram. */
+static int kv_block_layout_mode(const unsigned char *plane, const unsigned char *low,
+                          size_t n, struct kv_histogram *best)
+{
+    int mode = KV_PLANE_PLAIN;
+
+    for (int m = 0; m < KV_PLANE_MODES; m++) {
+        unsigned char sample[KV_LAYOUT_SAMPLE];
+        struct kv_histogram h;
+
+        if (m == KV_PLANE_CARRY && !low) break;
+        kv_histogram_of(&h, sample, kv_block_layout_sample(m, plane, low, n, sample));
+        if (m == 0 || h.bits < best->bits) {
+            mode = m;
+            *best = h;
+        }
+        if (best->bits == 0) break;
+    }
+    assert(mode != KV_PLANE_CARRY || low);
+    return mode;
+}
+
+/* Is it cheaper to start a zstd block before a plane like `next` than to put
+ * it to those before it? The sample stands for n bytes. A sample always looks
+ * more special than the whole; the symbols in it are taken as the bias. */
+static bool kv_block_layout_cuts(struct kv_histogram *before,
+                           const struct kv_histogram *next, size_t n)
+{
+    struct kv_histogram both;
+    uint64_t apart = before->bits + next->bits;
+    uint64_t symbols = 0;
+
+    if (next->total == 0) return false;
+    kv_histogram_sum(&both, before, next);
+    for (int i = 0; i < 256; i++) symbols += next->count[i] != 0;
+    if (both.bits > apart + symbols * KV_LAYOUT_BIT / 2
+        && (both.bits - apart) * n / next->total
+            > (uint64_t)KV_LAYOUT_CUT_BITS * KV_LAYOUT_BIT) {
+        *before = *next;
+        return true;
+    }
+    *before = both;
+    return false;
+}
+
+/* The neighbour that plane p takes its carry from, or NULL. planes: the
+ * planes of the keys, key_records bytes each, then those of the values. */
+static const unsigned char *kv_block_layout_low(const struct kv_shape *shape,
+                                          const unsigned char *planes, size_t p,
+                                          size_t key_records,
+                                          size_t value_records)
+{
+    size_t k = shape->key_bytes;
+
+    assert(p < shape->record_bytes);
+    if (p + 1 < k) return planes + (p + 1) * key_records;
+    if (p <= k) return NULL;
+    return planes + k * key_records + (p - k - 1) * value_records;
+}
+
+static void kv_block_layout_make(struct kv_block_layout *layout,
+                           const struct kv_shape *shape,
+                           const unsigned char *planes, size_t key_records,
+                           size_t value_records)
+{
+    struct kv_histogram segment = {.total = 0};
+    const unsigned char *plane = planes;
+
+    assert(shape->record_bytes <= KV_LAYOUT_PLANES_MAX);
+    assert(value_records <= key_records);
+    for (size_t p = 0; p < shape->record_bytes; p++) {
+        size_t n = p < shape->key_bytes ? key_records : value_records;
+        const unsigned char *low = kv_block_layout_low(shape, planes, p, key_records,
+                                               value_records);
+        struct kv_histogram h;
+
+        layout->mode[p] = (uint8_t)kv_block_layout_mode(plane, low, n, &h);
+        layout->cut[p] = kv_block_layout_cuts(&segment, &h, n);
+        plane += n;
+    }
+}
+
+/* ==========================================================================
+ * Table blocks
+ *
+ * A block is one zstd frame that states its size. Inside, of n records, t of
+ * them tombstones, with m = n - t values:
+ *
+ *   SIZE                     of a block with n >= KV_BLOCK_PLANES_MIN
+ *   ceil((K + V) / 4)        modes: 2 bits a plane, low bits first, pad zero
+ *   t > 0: ceil(n / 8)       tombstone bits, low bits first, pad zero
+ *   K * n                    the planes of the keys
+ *   V * m                    the planes of the values; tombstones have none
+ *
+ *   SIZE                     of any other block
+ *   t > 0: ceil(n / 8)       tombstone bits
+ *   K * n                    the keys, one after another
+ *   V * m                    the values
+ *
+ * Few records make planes too short to be worth it, and a wide value is best
+ * left in one piece. n, t, and the sum come from the index.
+ *
+ *   (B2) The sum is right before zstd sees a byte.
+ *   (B3) The frame fills exactly the size that n and t call for.
+ *   (B4) The keys of a block ascend strictly, and its first is the index's.
+ * ========================================================================== */
+
+enum {
+    KV_BLOCK_RAW_MAX = 128 * 1024,
+    KV_BLOCK_STORED_MAX = 2 * KV_BLOCK_RAW_MAX,
+    KV_BLOCK_PLANES_MIN = 64,
+    KV_BLOCK_FLUSH_BYTES = 16     /* at most, of one cut in a zstd frame */
+};
+
+_Static_assert(KV_LAYOUT_PLANES_MAX >= KV_BLOCK_RAW_MAX / KV_BLOCK_PLANES_MIN,
+               "a block of planes has no more planes than a layout");
+_Static_assert(KV_BLOCK_RAW_MAX
+                   >= 1 + KVMETA_KEY_BYTES_MAX + KVMETA_VALUE_BYTES_MAX,
+               "one record always fits");
+
+/* What the index says of a block. */
+struct kv_block {
+    uint64_t off;
+    uint32_t stored_bytes;
+    uint32_t records;
+    uint32_t tombstones;
+    uint32_t crc;
+};
+
+/* A decoded block. */
+struct kv_block_view {
+    const unsigned char *keys;
+    const unsigned char *values;  /* of the puts only */
+    const unsigned char *bits;    /* NULL: no tombstones */
+    uint32_t records;
+};
+
+static bool kv_block_has_planes(uint64_t records)
+{
+    return records >= KV_BLOCK_PLANES_MIN;
+}
+
+static uint64_t kv_block_mode_bytes(const struct kv_shape *shape,
+                                    uint64_t records)
+{
+    if (!kv_block_has_planes(records)) return 0;
+    return ((uint64_t)shape->record_bytes + 3) / 4;
+}
+
+static uint64_t kv_block_bit_bytes(uint64_t records, uint64_t tombstones)
+{
+    return tombstones ? (records + 7) / 8 : 0;
+}
+
+static uint64_t kv_block_row_bytes(const struct kv_shape *shape,
+                                   uint64_t records, uint64_t tombstones)
+{
+    assert(records <= UINT32_MAX);
+    assert(tombstones <= records);
+    return records * shape->key_bytes
+         + (records - tombstones) * shape->value_bytes;
+}
+
+static uint64_t kv_block_raw_bytes(const struct kv_shape *shape,
+                                   uint64_t records, uint64_t tombstones)
+{
+    return kv_block_mode_bytes(shape, records)
+         + kv_block_bit_bytes(records, tombstones)
+         + kv_block_row_bytes(shape, records, tombstones);
+}
+
+/* The most records that fit in a block whatever their tombstones. */
+static uint32_t kv_block_records_max(const struct kv_shape *shape)
+{
+    uint64_t room = KV_BLOCK_RAW_MAX - (shape->record_bytes + 3) / 4;
+    uint64_t n = room * 8 / ((uint64_t)shape->record_bytes * 8 + 1);
+
+    if (!kv_block_has_planes(n))
+        n = KV_BLOCK_RAW_MAX * 8ull / ((uint64_t)shape->record_bytes * 8 + 1);
+    if (n > 1 && kv_block_raw_bytes(shape, n, 1) > KV_BLOCK_RAW_MAX) n--;
+    n = kv_max(n, 1);
+    assert(kv_block_raw_bytes(shape, n, 0) <= KV_BLOCK_RAW_MAX);
+    assert(kv_block_raw_bytes(shape, n, 1) <= KV_BLOCK_RAW_MAX);
+    return (uint32_t)n;
+}
+
+static bool kv_bit_get(const unsigned char *bits, size_t i)
+{
+    return bits[i / 8] >> (i % 8) & 1;
+}
+
+/* --- Encoder --- */
+
+/* Gathers the records of one block. All arrays grow with what is in them:
+ * the tables of a small store must not cost large buffers. */
+struct kv_encoder {
+    struct kv_env *env;
+    int zstd_level;
+    ZSTD_CCtx *zstd;              /* made for the first block */
+    uint32_t records;
+    uint32_t tombstones;
+    uint32_t records_max;
+    size_t records_cap;
+    unsigned char *keys;          /* [records_cap] of each */
+    unsigned char *values;
+    unsigned char *bits;
+    unsigned char *raw;           /* what zstd is given */
+    unsigned char *planes;
+    size_t raw_cap;
+    size_t planes_cap;
+    struct kv_block_layout *layout;     /* made for the first block of planes */
+};
+
+static void *kv_zstd_alloc(void *env, size_t bytes)
+{
+    return bytes ? kv_alloc(env, bytes) : NULL;
+}
+
+static void kv_zstd_free(void *env, void *p)
+{
+    kv_free(env, p);
+}
+
+static ZSTD_customMem kv_zstd_memory(struct kv_env *env)
+{
+    ZSTD_customMem memory = {kv_zstd_alloc, kv_zstd_free, env};
+
+    return memory;
+}
+
+static void kv_encoder_init(struct kv_encoder *e, struct kv_env *env,
+                            int zstd_level)
+{
+    memset(e, 0, sizeof *e);
+    e->env = env;
+    e->zstd_level = zstd_level;
+    e->records_max = kv_block_records_max(&env->shape);
+    assert(e->records_max >= 1);
+}
+
+/* Accepts a zeroed one. */
+static void kv_encoder_free(struct kv_encoder *e)
+{
+    if (!e->env) return;
+    ZSTD_freeCCtx(e->zstd);
+    kv_free(e->env, e->keys);
+    kv_free(e->env, e->values);
+    kv_free(e->env, e->bits);
+    kv_free(e->env, e->raw);
+    kv_free(e->env, e->planes);
+    kv_free(e->env, e->layout);
+    memset(e, 0, sizeof *e);
+}
+
+/* One array to `bytes`; it stays what it was when there is no memory. */
+static int kv_encoder_resize(struct kv_encoder *e, unsigned char **array,
+                             size_t bytes, struct kvmeta_error *err)
+{
+    void *p = kv_resize(e->env, *array, bytes);
+
+    if (!p) return kv_fail_memory(err, bytes);
+    *array = p;
+    return KVMETA_OK;
+}
+
+static int kv_encoder_grow(struct kv_encoder *e, struct kvmeta_error *err)
+{
+    const struct kv_shape *shape = &e->env->shape;
+    size_t cap = (size_t)kv_min(kv_max(e->records_cap * 4, 16),
+                                e->records_max);
+    int rc;
+
+    assert(e->records == e->records_cap);
+    assert(cap > e->records_cap);
+    assert(cap <= e->records_max);
+    rc = kv_encoder_resize(e, &e->keys, cap * shape->key_bytes, err);
+    if (rc) return rc;
+    rc = kv_encoder_resize(e, &e->values, cap * shape->value_bytes + 1, err);
+    if (rc) return rc;
+    rc = kv_encoder_resize(e, &e->bits, (cap + 7) / 8, err);
+    if (rc) return rc;
+    e->records_cap = cap;
+    return KVMETA_OK;
+}
+
+static bool kv_encoder_full(const struct kv_encoder *e)
+{
+    return e->records == e->records_max;
+}
+
+/* Only where the block is not full. */
+static int kv_encoder_add(struct kv_encoder *e, const unsigned char *key,
+                          const unsigned char *value, struct kvmeta_error *err)
+{
+    const struct kv_shape *shape = &e->env->shape;
+    size_t i = e->records;
+
+    assert(!kv_encoder_full(e));
+    if (i == e->records_cap) {
+        int rc = kv_encoder_grow(e, err);
+
+        if (rc) return rc;
+    }
+    memcpy(e->keys + i * shape->key_bytes, key, shape->key_bytes);
+    if (i % 8 == 0) e->bits[i / 8] = 0;
+    if (!value) {
+        e->bits[i / 8] = (unsigned char)(e->bits[i / 8] | 1u << (i % 8));
+        e->tombstones++;
+    } else if (shape->value_bytes > 0) {
+        memcpy(e->values + (i - e->tombstones) * shape->value_bytes, value,
+               shape->value_bytes);
+    }
+    e->records++;
+    assert(e->records <= e->records_cap);
+    assert(e->tombstones <= e->records);
+    return KVMETA_OK;
+}
+
+/* Lays the planes out behind the modes and bits, at `to`. */
+static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
+                                  unsigned char *to)
+{
+    const struct kv_shape *shape = &e->env->shape;
+    size_t n = e->records;
+    size_t m = n - e->tombstones;
+    const unsigned char *plane = e->planes;
+
+    kv_plane_transpose(e->keys, n, shape->key_bytes, e->planes);
+    kv_plane_transpose(e->values, m, shape->value_bytes,
+                       e->planes + n * shape->key_bytes);
+    kv_block_layout_make(e->layout, shape, e->planes, n, m);
+    for (size_t p = 0; p < shape->record_bytes; p++) {
+        size_t bytes = p < shape->key_bytes ? n : m;
+        unsigned mode = e->layout->mode[p];
+
+        kv_plane_encode((int)mode, plane,
+                        kv_block_layout_low(shape, e->planes, p, n, m), 0, bytes,
+                        to);
+        modes[p / 4] = (unsigned char)(modes[p / 4] | mode << (p % 4 * 2));
+        plane += bytes;
+        to += bytes;
+    }
+    assert(plane == e->planes + kv_block_row_bytes(shape, n, e->tombstones));
+}
+
+/* Writes the content of the zstd frame to e->raw. */
+static int kv_encoder_lay_out(struct kv_encoder *e, struct kvmeta_error *err)
+{
+    const struct kv_shape *shape = &e->env->shape;
+    size_t mode_bytes = (size_t)kv_block_mode_bytes(shape, e->records);
+    size_t bit_bytes = (size_t)kv_block_bit_bytes(e->records, e->tombstones);
+    size_t row_bytes = (size_t)kv_block_row_bytes(shape, e->records,
+                                                  e->tombstones);
+    size_t key_bytes = (size_t)e->records * shape->key_bytes;
+    unsigned char *rows;
+    int rc;
+
+    rc = kv_grow(e->env, (void **)&e->raw, &e->raw_cap,
+                 mode_bytes + bit_bytes + row_bytes, 1, err);
+    if (rc) return rc;
+    memset(e->raw, 0, mode_bytes);
+    memcpy(e->raw + mode_bytes, e->bits, bit_bytes);
+    rows = e->raw + mode_bytes + bit_bytes;
+    if (!kv_block_has_planes(e->records)) {
+        memcpy(rows, e->keys, key_bytes);
+        memcpy(rows + key_bytes, e->values, row_bytes - key_bytes);
+        return KVMETA_OK;
+    }
+    rc = kv_grow(e->env, (void **)&e->planes, &e->planes_cap, row_bytes, 1,
+                 err);
+    if (rc) return rc;
+    if (!e->layout) e->layout = kv_alloc(e->env, sizeof *e->layout);
+    if (!e->layout) return kv_fail_memory(err, sizeof *e->layout);
+    kv_encoder_put_planes(e, e->raw, rows);
+    return KVMETA_OK;
+}
+
+/* Everything that zstd can fail with here is a lack of memory: the level is
+ * in range and the output has room. */
+static int kv_encoder_fail_zstd(size_t result, struct kvmeta_error *err)
+{
+    return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "compression: %s",
+                   ZSTD_getErrorName(result));
+}
+
+static int kv_encoder_open_zstd(struct kv_encoder *e, struct kvmeta_error *err)
+{
+    size_t result;
+
+    if (e->zstd) return KVMETA_OK;
+    e->zstd = ZSTD_createCCtx_advanced(kv_zstd_memory(e->env));
+    if (!e->zstd) return kv_fail_memory(err, sizeof e->zstd);
+    result = ZSTD_CCtx_setParameter(e->zstd, ZSTD_c_compressionLevel,
+                                    e->zstd_level);
+    return ZSTD_isError(result) ? kv_encoder_fail_zstd(result, err)
+                                : KVMETA_OK;
+}
+
+/* Hands zstd the bytes up to `end`; `how` ends a zstd block or the frame. */
+static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
+                              size_t end, ZSTD_EndDirective how,
+                              ZSTD_outBuffer *out)
+{
+    size_t result;
+
+    assert(end >= in->size);
+    assert(in->pos == in->size);
+    in->size = end;
+    do {
+        result = ZSTD_compressStream2(e->zstd, out, in, how);
+    } while (!ZSTD_isError(result) && result != 0 && out->pos < out->size);
+    assert(ZSTD_isError(result) || result == 0);
+    assert(ZSTD_isError(result) || in->pos == in->size);
+    return result;
+}
+
+/* One frame, with a zstd block for each segment of the layout. */
+static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
+                                      ZSTD_outBuffer *out)
+{
+    const struct kv_shape *shape = &e->env->shape;
+    size_t end = (size_t)(kv_block_mode_bytes(shape, e->records)
+                          + kv_block_bit_bytes(e->records, e->tombstones));
+    ZSTD_inBuffer in = {e->raw, 0, 0};
+    size_t result = ZSTD_CCtx_reset(e->zstd, ZSTD_reset_session_only);
+
+    if (ZSTD_isError(result)) return result;
+    result = ZSTD_CCtx_setPledgedSrcSize(e->zstd, raw_bytes);
+    for (size_t p = 0; p < shape->record_bytes; p++) {
+        if (ZSTD_isError(result)) return result;
+        if (e->layout->cut[p])
+            result = kv_encoder_feed(e, &in, end, ZSTD_e_flush, out);
+        end += p < shape->key_bytes ? e->records
+                                    : e->records - e->tombstones;
+    }
+    assert(end == raw_bytes);
+    if (ZSTD_isError(result)) return result;
+    return kv_encoder_feed(e, &in, end, ZSTD_e_end, out);
+}
+
+/* The most bytes that the block can take. */
+static size_t kv_encoder_bound(const struct kv_encoder *e)
+{
+    const struct kv_shape *shape = &e->env->shape;
+    size_t bound = ZSTD_compressBound((size_t)kv_block_raw_bytes(
+        shape, e->records, e->tombstones));
+
+    if (kv_block_has_planes(e->records))
+        bound += (size_t)shape->record_bytes * KV_BLOCK_FLUSH_BYTES;
+    return bound;
+}
+
+/* Encodes the records gathered, and starts an empty block. `to` has room for
+ * kv_encoder_bound. */
+static int kv_block_encode(struct kv_encoder *e, unsigned char *to,
+                           size_t *stored_bytes, struct kvmeta_error *err)
+{
+    size_t raw_bytes = (size_t)kv_block_raw_bytes(&e->env->shape, e->records,
+                                                  e->tombstones);
+    ZSTD_outBuffer out = {to, kv_encoder_bound(e), 0};
+    size_t result;
+    int rc;
+
+    assert(e->records > 0);
+    assert(raw_bytes <= KV_BLOCK_RAW_MAX);
+    rc = kv_encoder_lay_out(e, err);
+    if (rc) return rc;
+    rc = kv_encoder_open_zstd(e, err);
+    if (rc) return rc;
+    if (kv_block_has_planes(e->records)) {
+        result = kv_encoder_compress_cut(e, raw_bytes, &out);
+    } else {
+        result = ZSTD_compress2(e->zstd, to, out.size, e->raw, raw_bytes);
+        if (!ZSTD_isError(result)) out.pos = result;
+    }
+    if (ZSTD_isError(result)) return kv_encoder_fail_zstd(result, err);
+    assert(ZSTD_getFrameContentSize(to, out.pos) == raw_bytes);
+    assert(out.pos <= KV_BLOCK_STORED_MAX);
+    *stored_bytes = out.pos;
+    e->records = 0;
+    e->tombstones = 0;
+    return KVMETA_OK;
+}
+
+/* --- Decoder --- */
+
+/* The frame must be one zstd frame, nothing before or behind it, that states
+ * the size we expect: zstd itself would skip frames, or take several. */
+static const char *kv_block_decompress(ZSTD_DCtx *zstd,
+                                       const unsigned char *stored,
+                                       size_t stored_bytes,
+                                       unsigned char *raw, size_t raw_bytes)
+{
+    if (stored_bytes < 4 || kv_load_le32(stored) != ZSTD_MAGICNUMBER)
+        return "block is no zstd frame";
+    if (ZSTD_getFrameContentSize(stored, stored_bytes) != raw_bytes)
+        return "zstd frame states another size";
+    if (ZSTD_findFrameCompressedSize(stored, stored_bytes) != stored_bytes)
+        return "zstd frame does not fill its block";
+    if (ZSTD_decompressDCtx(zstd, raw, raw_bytes, stored, stored_bytes)
+        != raw_bytes)
+        return "zstd frame is damaged";
+    return NULL;
+}
+
+/* Are the bits from n up to the end of its last byte zero? */
+static bool kv_bits_pad_zero(const unsigned char *bits, size_t n)
+{
+    return n % 8 == 0 || bits[n / 8] >> (n % 8) == 0;
+}
+
+static const char *kv_block_check_bits(const unsigned char *bits, size_t n,
+                                       uint32_t tombstones)
+{
+    uint32_t count = 0;
+
+    if (tombstones == 0) return NULL;
+    for (size_t i = 0; i < n; i++) count += kv_bit_get(bits, i);
+    if (count != tombstones) return "tombstones are not as many as stated";
+    if (!kv_bits_pad_zero(bits, n)) return "tombstone bits have a pad";
+    return NULL;
+}
+
+static const char *kv_block_check_order(const struct kv_shape *shape,
+                                        const unsigned char *keys, size_t n)
+{
+    uint64_t head = kv_key_head(shape, keys);
+
+    assert(n > 0);
+
+    for (size_t i = 1; i < n; i++) {
+        const unsigned char *key = keys + i * shape->key_bytes;
+        uint64_t next = kv_key_head(shape, key);
+
+        if (kv_key_compare(shape, key - shape->key_bytes, head, key, next) >= 0)
+            return "keys do not ascend";
+        head = next;
+    }
+    return NULL;
+}
+
+static unsigned kv_block_mode(const unsigned char *modes, size_t p)
+{
+    return modes[p / 4] >> (p % 4 * 2) & 3u;
+}
+
+static const char *kv_block_check_modes(const struct kv_shape *shape,
+                                        const unsigned char *modes)
+{
+    size_t planes = shape->record_bytes;
+
+    assert(planes <= KV_LAYOUT_PLANES_MAX);
+    for (size_t p = 0; p < planes; p++) {
+        unsigned mode = kv_block_mode(modes, p);
+
+        if (mode >= KV_PLANE_MODES) return "plane has no such mode";
+        if (mode == KV_PLANE_CARRY
+            && (p + 1 == shape->key_bytes || p == shape->key_bytes))
+            return "plane has no neighbour to carry from";
+    }
+    for (size_t p = planes; p % 4 != 0; p++)
+        if (kv_block_mode(modes, p) != 0) return "plane modes have a pad";
+    return NULL;
+}
+
+/* Undoes the differences in place: neighbours of lower significance first,
+ * that is the keys' planes from the last and the values' from the first. */
+static void kv_block_decode_planes(const struct kv_shape *shape,
+                                   const unsigned char *modes,
+                                   unsigned char *planes, size_t n, size_t m)
+{
+    unsigned char *value_planes = planes + (size_t)shape->key_bytes * n;
+
+    assert(m <= n);
+
+    for (size_t p = shape->key_bytes; p-- > 0;) {
+        kv_plane_decode((int)kv_block_mode(modes, p), planes + p * n,
+                        kv_block_layout_low(shape, planes, p, n, m), n);
+    }
+    for (size_t v = 0; v < shape->value_bytes; v++) {
+        size_t p = shape->key_bytes + v;
+
+        kv_plane_decode((int)kv_block_mode(modes, p), value_planes + v * m,
+                        kv_block_layout_low(shape, planes, p, n, m), m);
+    }
+}
+
+/* Checks and decodes a block. raw, rows: room for its raw bytes, and at least
+ * 1. Returns the rule that is broken, or NULL. */
+static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
+                                   uint32_t seed, const struct kv_block *block,
+                                   const unsigned char *stored,
+                                   unsigned char *raw, unsigned char *rows,
+                                   struct kv_block_view *view)
+{
+    const struct kv_shape *shape = &env->shape;
+    size_t n = block->records;
+    size_t m = n - block->tombstones;
+    size_t raw_bytes = (size_t)kv_block_raw_bytes(shape, n, block->tombstones);
+    unsigned char *bits = raw + kv_block_mode_bytes(shape, n);
+    unsigned char *body = bits + kv_block_bit_bytes(n, block->tombstones);
+    const char *broken;
+
+    assert(n > 0);
+    assert(block->tombstones <= block->records);
+    assert(raw_bytes <= KV_BLOCK_RAW_MAX);
+    if (kv_crc_add(&env->crc, seed, stored, block->stored_bytes) != block->crc)
+        return "sum of the block is wrong";
+    broken = kv_block_decompress(zstd, stored, block->stored_bytes, raw,
+                                 raw_bytes);
+    if (!broken) broken = kv_block_check_bits(bits, n, block->tombstones);
+    if (!broken && kv_block_has_planes(n)) {
+        broken = kv_block_check_modes(shape, raw);
+        if (broken) return broken;
+        kv_block_decode_planes(shape, raw, body, n, m);
+        kv_plane_transpose(body, shape->key_bytes, n, rows);
+        kv_plane_transpose(body + n * shape->key_bytes, shape->value_bytes, m,
+                           rows + n * shape->key_bytes);
+        body = rows;
+    }
+    if (!broken) broken = kv_block_check_order(shape, body, n);
+    assert(broken || body + n * shape->key_bytes + m * shape->value_bytes
+                         <= (body == rows ? rows : raw) + raw_bytes);
+    view->keys = body;
+    view->values = body + n * shape->key_bytes;
+    view->bits = block->tombstones ? bits : NULL;
+    view->records = block->records;
+    return broken;
+}
+
+/* ==========================================================================
+ * Table layout
+ *
+ * header | blocks | index | footer, without a gap. All sums are CRC32C seeded
+ * by the file (kv_crc_file_seed with the salt of the header).
+ *
+ *   OFFSET SIZE  header                OFFSET SIZE  footer, at the very end
+ *        0    8  magic "KVMTAB1"            0    8  magic "KVMTABE"
+ *        8    4  version                    8    8  id
+ *       12    4  key_bytes                 16    8  records
+ *       16    4  value_bytes               24    8  of them tombstones
+ *       20    4  zero                      32    8  blocks
+ *       24   16  uuid of the store         40    8  bytes of the file
+ *       40    8  id of the table           48    8  offset of the index
+ *       48   16  salt                      56   16  record sum (lo, hi)
+ *       64    4  zero                      72    8  first commit number
+ *       68    4  sum over 0..67            80    8  last commit number
+ *                                          88    4  sum of the index
+ *   OFFSET SIZE  index, for each block     92    4  sum over 0..91
+ *        0    8  offset of the block
+ *        8    4  stored bytes          The sum of a block is over its stored
+ *       12    4  records               bytes. The sum of the index is over
+ *       16    4  of them tombstones    all of it, so it covers the sums of
+ *       20    4  sum of the block      all blocks; the footer's covers the
+ *       24    K  first key             index's, and the manifest has that.
+ *
+ *   (T1) The manifest's size and footer sum fix every byte of a table.
+ *   (T2) Blocks follow one another from the header to the index.
+ *   (T3) First keys ascend strictly, and the last key of a block is below the
+ *        first key of the next.
+ * ========================================================================== */
+
+enum {
+    KV_TABLE_VERSION = 1,
+    KV_TABLE_HEADER_BYTES = 72,
+    KV_TABLE_FOOTER_BYTES = 96,
+    KV_TABLE_ENTRY_BYTES = 24     /* of the index, in front of the key */
+};
+
+#define KV_TABLE_MAGIC 0x00314241544D564Bu        /* "KVMTAB1" */
+#define KV_TABLE_FOOTER_MAGIC 0x00454241544D564Bu /* "KVMTABE" */
+
+_Static_assert(KV_TABLE_HEADER_BYTES == 24 + KV_UUID_BYTES + 8 + KV_SALT_BYTES
+                                            + 4 + 4,
+               "table header");
+_Static_assert(KV_TABLE_FOOTER_BYTES == 7 * 8 + 16 + 2 * 8 + 2 * 4,
+               "table footer");
+_Static_assert(KV_TABLE_ENTRY_BYTES == 8 + 4 * 4, "index entry");
+
+/* What the manifest holds of a table. */
+struct kv_table_meta {
+    uint64_t id;
+    uint64_t bytes;
+    uint64_t records;             /* tombstones included */
+    uint64_t tombstones;
+    uint32_t footer_crc;
+    uint64_t seq_first;
+    uint64_t seq_last;
+};
+
+/* An open table. Immutable; any number of threads may read it. */
+struct kv_table {
+    struct kv_table_meta meta;
+    struct kvmeta_digest sum;     /* over its records, tombstones included */
+    struct kv_file file;
+    uint32_t seed;
+    uint32_t index_crc;
+    uint64_t index_off;
+    size_t blocks;
+    size_t entry_bytes;           /* of the index */
+    unsigned char *index;         /* as in the file */
+    size_t stored_bytes_max;      /* of a block */
+    size_t raw_bytes_max;
+};
+
+static size_t kv_table_entry_bytes(const struct kv_shape *shape)
+{
+    return KV_TABLE_ENTRY_BYTES + (size_t)shape->key_bytes;
+}
+
+/* Every byte of the header follows from id and salt, so decoding is encoding
+ * it again and comparing. Returns the seed of the file. */
+static uint32_t kv_table_header_encode(const struct kv_env *env, uint64_t id,
+                                       const unsigned char *salt,
+                                       unsigned char *header)
+{
+    uint32_t seed = kv_crc_file_seed(env, KV_FILE_TABLE, id, salt);
+
+    memset(header, 0, KV_TABLE_HEADER_BYTES);
+    kv_store_le64(header, KV_TABLE_MAGIC);
+    kv_store_le32(header + 8, KV_TABLE_VERSION);
+    kv_store_le32(header + 12, env->shape.key_bytes);
+    kv_store_le32(header + 16, env->shape.value_bytes);
+    memcpy(header + 24, env->uuid, KV_UUID_BYTES);
+    kv_store_le64(header + 40, id);
+    memcpy(header + 48, salt, KV_SALT_BYTES);
+    kv_store_le32(header + 68, kv_crc_add(&env->crc, seed, header, 68));
+    return seed;
+}
+
+static int kv_table_header_decode(const struct kv_env *env,
+                                  const struct kv_file *file,
+                                  const unsigned char *header, uint32_t *seed,
+                                  struct kvmeta_error *err)
+{
+    unsigned char want[KV_TABLE_HEADER_BYTES];
+    uint32_t crc;
+
+    *seed = kv_table_header_encode(env, file->id, header + 48, want);
+    if (memcmp(header, want, sizeof want) == 0) return KVMETA_OK;
+    crc = kv_crc_add(&env->crc, *seed, header, 68);
+    if (kv_load_le64(header) != KV_TABLE_MAGIC)
+        return kv_fail_corrupt(err, file, 0, "not a table header");
+    if (kv_load_le32(header + 68) != crc)
+        return kv_fail_corrupt(err, file, 0, "sum of the header is wrong");
+    if (kv_load_le32(header + 8) != KV_TABLE_VERSION)
+        return kv_fail(err, KVMETA_E_VERSION, 0,
+                       "t%016llx.tab: format %lu is not known",
+                       (unsigned long long)file->id,
+                       (unsigned long)kv_load_le32(header + 8));
+    return kv_fail_corrupt(err, file, 0, "header is of another store");
+}
+
+/* Returns the sum of the footer. */
+static uint32_t kv_table_footer_encode(const struct kv_env *env,
+                                       const struct kv_table *t,
+                                       unsigned char *footer)
+{
+    uint32_t crc;
+
+    assert(t->file.id == t->meta.id);
+    assert(t->meta.tombstones <= t->meta.records);
+    assert(t->index_off >= KV_TABLE_HEADER_BYTES);
+    assert(t->index_off < t->meta.bytes);
+    kv_store_le64(footer, KV_TABLE_FOOTER_MAGIC);
+    kv_store_le64(footer + 8, t->meta.id);
+    kv_store_le64(footer + 16, t->meta.records);
+    kv_store_le64(footer + 24, t->meta.tombstones);
+    kv_store_le64(footer + 32, t->blocks);
+    kv_store_le64(footer + 40, t->meta.bytes);
+    kv_store_le64(footer + 48, t->index_off);
+    kv_store_le64(footer + 56, t->sum.lo);
+    kv_store_le64(footer + 64, t->sum.hi);
+    kv_store_le64(footer + 72, t->meta.seq_first);
+    kv_store_le64(footer + 80, t->meta.seq_last);
+    kv_store_le32(footer + 88, t->index_crc);
+    crc = kv_crc_add(&env->crc, t->seed, footer, 92);
+    kv_store_le32(footer + 92, crc);
+    return crc;
+}
+
+/* Fills in what only the footer knows; what the manifest knows too must be
+ * the same. Returns the rule that is broken, or NULL. */
+static const char *kv_table_footer_decode(const struct kv_env *env,
+                                          const unsigned char *footer,
+                                          struct kv_table *t)
+{
+    uint64_t blocks = kv_load_le64(footer + 32);
+    uint64_t end = t->meta.bytes - KV_TABLE_FOOTER_BYTES;
+    uint32_t crc = kv_crc_add(&env->crc, t->seed, footer, 92);
+
+    assert(t->meta.bytes >= KV_TABLE_HEADER_BYTES + KV_TABLE_FOOTER_BYTES);
+    if (kv_load_le32(footer + 92) != crc) return "sum of the footer is wrong";
+    if (crc != t->meta.footer_crc) return "footer is not the manifest's";
+    if (kv_load_le64(footer) != KV_TABLE_FOOTER_MAGIC) return "not a footer";
+    if (kv_load_le64(footer + 8) != t->meta.id
+        || kv_load_le64(footer + 16) != t->meta.records
+        || kv_load_le64(footer + 24) != t->meta.tombstones
+        || kv_load_le64(footer + 40) != t->meta.bytes
+        || kv_load_le64(footer + 72) != t->meta.seq_first
+        || kv_load_le64(footer + 80) != t->meta.seq_last)
+        return "footer differs from the manifest";
+    t->index_off = kv_load_le64(footer + 48);
+    if (t->index_off < KV_TABLE_HEADER_BYTES || t->index_off > end)
+        return "index is out of the file";
+    t->entry_bytes = kv_table_entry_bytes(&env->shape);
+    if ((end - t->index_off) % t->entry_bytes != 0
+        || (end - t->index_off) / t->entry_bytes != blocks)
+        return "index has not the stated size";
+    t->blocks = (size_t)blocks;
+    t->sum.lo = kv_load_le64(footer + 56);
+    t->sum.hi = kv_load_le64(footer + 64);
+    t->index_crc = kv_load_le32(footer + 88);
+    return NULL;
+}
+
+static void kv_table_entry_encode(const struct kv_shape *shape,
+                                  const struct kv_block *block,
+                                  const unsigned char *key,
+                                  unsigned char *entry)
+{
+    kv_store_le64(entry, block->off);
+    kv_store_le32(entry + 8, block->stored_bytes);
+    kv_store_le32(entry + 12, block->records);
+    kv_store_le32(entry + 16, block->tombstones);
+    kv_store_le32(entry + 20, block->crc);
+    memcpy(entry + KV_TABLE_ENTRY_BYTES, key, shape->key_bytes);
+    assert(block->records > 0);
+    assert(block->stored_bytes > 0);
+}
+
+static struct kv_block kv_table_entry_decode(const unsigned char *entry)
+{
+    struct kv_block block = {
+        .off = kv_load_le64(entry),
+        .stored_bytes = kv_load_le32(entry + 8),
+        .records = kv_load_le32(entry + 12),
+        .tombstones = kv_load_le32(entry + 16),
+        .crc = kv_load_le32(entry + 20)
+    };
+
+    return block;
+}
+
+/* ==========================================================================
+ * Table reader
+ *
+ * Opening reads header, footer and index, and checks them against the
+ * manifest and the size of the file; blocks are checked as they are read.
+ * Nothing is allocated by a count that the size of the file does not bear
+ * out.
+ * ========================================================================== */
+
+static size_t kv_table_blocks(const struct kv_table *t)
+{
+    return t->blocks;
+}
+
+static const unsigned char *kv_table_entry(const struct kv_table *t, size_t i)
+{
+    assert(i < t->blocks);
+    return t->index + i * t->entry_bytes;
+}
+
+/* The first key of block i. */
+static const unsigned char *kv_table_block_key(const struct kv_table *t,
+                                               size_t i)
+{
+    return kv_table_entry(t, i) + KV_TABLE_ENTRY_BYTES;
+}
+
+/* Accepts a zeroed one. */
+static void kv_table_close(struct kv_env *env, struct kv_table *t)
+{
+    kv_file_close(env, &t->file);
+    kv_free(env, t->index);
+    memset(t, 0, sizeof *t);
+}
+
+/* Checks what can be said of one block without reading it. Returns the rule
+ * that is broken, or NULL. */
+static const char *kv_table_check_block(const struct kv_shape *shape,
+                                        const struct kv_block *b, uint64_t off)
+{
+    if (b->off != off) return "block is not behind the one before";
+    if (b->stored_bytes == 0) return "block is empty";
+    if (b->stored_bytes > KV_BLOCK_STORED_MAX) return "block is too large";
+    if (b->records == 0) return "block has no records";
+    if (b->tombstones > b->records) return "block has too many tombstones";
+    if (kv_block_raw_bytes(shape, b->records, b->tombstones)
+        > KV_BLOCK_RAW_MAX)
+        return "block has too many records";
+    return NULL;
+}
+
+/* Walks the index once, and takes the sizes of the largest block. */
+static const char *kv_table_check_index(const struct kv_env *env,
+                                        struct kv_table *t)
+{
+    const struct kv_shape *shape = &env->shape;
+    uint64_t off = KV_TABLE_HEADER_BYTES;
+    uint64_t records = 0, tombstones = 0;
+
+    for (size_t i = 0; i < t->blocks; i++) {
+        struct kv_block b = kv_table_entry_decode(kv_table_entry(t, i));
+        const char *broken = kv_table_check_block(shape, &b, off);
+
+        if (broken) return broken;
+        if (i > 0 && memcmp(kv_table_block_key(t, i - 1),
+                            kv_table_block_key(t, i), shape->key_bytes) >= 0)
+            return "first keys do not ascend";
+        off += b.stored_bytes;
+        records += b.records;
+        tombstones += b.tombstones;
+        t->stored_bytes_max = (size_t)kv_max(t->stored_bytes_max,
+                                             b.stored_bytes);
+        t->raw_bytes_max = (size_t)kv_max(
+            t->raw_bytes_max,
+                           kv_block_raw_bytes(shape, b.records, b.tombstones));
+    }
+    if (off != t->index_off) return "blocks do not end at the index";
+    if (records != t->meta.records) return "records are not as many as stated";
+    if (tombstones != t->meta.tombstones)
+        return "tombstones are not as many as stated";
+    return NULL;
+}
+
+static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
+                               struct kvmeta_error *err)
+{
+    uint64_t bytes = t->meta.bytes - KV_TABLE_FOOTER_BYTES - t->index_off;
+    const char *broken;
+    int rc;
+
+    assert(bytes == t->blocks * t->entry_bytes);
+    if (bytes > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
+    t->index = kv_alloc(env, (size_t)kv_max(bytes, 1));
+    if (!t->index) return kv_fail_memory(err, (size_t)bytes);
+    rc = kv_file_read(env, &t->file, t->index, (size_t)bytes, t->index_off,
+                      err);
+    if (rc) return rc;
+    if (kv_crc_add(&env->crc, t->seed, t->index, (size_t)bytes)
+        != t->index_crc)
+        return kv_fail_corrupt(err, &t->file, t->index_off,
+                               "sum of the index is wrong");
+    broken = kv_table_check_index(env, t);
+    return broken ? kv_fail_corrupt(err, &t->file, t->index_off, "%s", broken)
+                  : KVMETA_OK;
+}
+
+/* Fills in *t from its open file and t->meta. */
+static int kv_table_load(struct kv_env *env, struct kv_table *t,
+                         struct kvmeta_error *err)
+{
+    unsigned char header[KV_TABLE_HEADER_BYTES];
+    unsigned char footer[KV_TABLE_FOOTER_BYTES];
+    const char *broken;
+    uint64_t bytes;
+    int rc;
+
+    assert(t->file.open);
+    assert(!t->index);
+    rc = kv_file_size(env, &t->file, &bytes, err);
+    if (rc) return rc;
+    if (bytes != t->meta.bytes)
+        return kv_fail_corrupt(err, &t->file, bytes, "ends here, not at %llu",
+                               (unsigned long long)t->meta.bytes);
+    if (bytes < sizeof header + sizeof footer)
+        return kv_fail_corrupt(err, &t->file, bytes, "too short for a table");
+    rc = kv_file_read(env, &t->file, header, sizeof header, 0, err);
+    if (rc) return rc;
+    rc = kv_table_header_decode(env, &t->file, header, &t->seed, err);
+    if (rc) return rc;
+    rc = kv_file_read(env, &t->file, footer, sizeof footer,
+                      bytes - sizeof footer, err);
+    if (rc) return rc;
+    broken = kv_table_footer_decode(env, footer, t);
+    if (broken)
+        return kv_fail_corrupt(err, &t->file, bytes - sizeof footer, "%s",
+                               broken);
+    return kv_table_read_index(env, t, err);
+}
+
+/* A missing file is KVMETA_E_CORRUPT: the manifest lists it. */
+static int kv_table_open(struct kv_env *env, const struct kv_table_meta *meta,
+                         struct kv_table *out, struct kvmeta_error *err)
+{
+    struct kv_table t = {.meta = *meta};
+    int rc;
+
+    memset(out, 0, sizeof *out);
+    rc = kv_file_open(env, KV_FILE_TABLE, meta->id, 0, &t.file, err);
+    if (rc == KVMETA_NOT_FOUND)
+        rc = kv_fail_corrupt(err, &t.file, 0, "missing");
+    if (rc) goto done;
+    rc = kv_table_load(env, &t, err);
+    if (rc) goto done;
+
+    *out = t;                     /* ownership moves here */
+    memset(&t, 0, sizeof t);
+done:
+    kv_table_close(env, &t);
+    return rc;
+}
+
+/* --- Source --- */
+
+/* The records of a table with from <= key < to. Has buffers of its own; the
+ * table must stay open for as long. */
+struct kv_table_source {
+    struct kv_source base;
+    struct kv_job *job;
+    const struct kv_table *table;
+    unsigned char *stored;        /* one allocation, shared by the next two */
+    unsigned char *raw;
+    unsigned char *rows;
+    ZSTD_DCtx *zstd;
+    struct kv_block_view view;
+    size_t block;                 /* the next to be read */
+    size_t block_end;
+    size_t at;                    /* the next record of the view */
+    size_t end;
+    const unsigned char *value;   /* of the next put */
+    bool has_from;
+    bool has_to;
+    unsigned char from[KVMETA_KEY_BYTES_MAX];
+    unsigned char to[KVMETA_KEY_BYTES_MAX];
+};
+
+/* Accepts a zeroed one. */
+static void kv_table_source_close(struct kv_table_source *s)
+{
+    if (!s->job) return;
+    ZSTD_freeDCtx(s->zstd);
+    kv_free(s->job->env, s->stored);
+    memset(s, 0, sizeof *s);
+}
+
+/* The first of n keys, `stride` apart, that is not below `key`; n if none. */
+static size_t kv_keys_lower_bound(const unsigned char *keys, size_t n,
+                                  size_t stride, const unsigned char *key,
+                                  size_t key_bytes)
+{
+    size_t low = 0;
+
+    while (n > 0) {
+        size_t half = n / 2;
+
+        if (memcmp(keys + (low + half) * stride, key, key_bytes) < 0) {
+            low += half + 1;
+            n -= half + 1;
+        } else {
+            n = half;
+        }
+    }
+    return low;
+}
+
+/* Narrows the blocks to those that may hold a key of the range. The one
+ * before the first that starts at `from` or above may hold `from`. */
+static void kv_table_source_narrow(struct kv_table_source *s)
+{
+    const struct kv_shape *shape = &s->job->env->shape;
+    const struct kv_table *t = s->table;
+    size_t stride = t->entry_bytes;
+
+    s->block_end = t->blocks;
+    if (t->blocks == 0) return;
+    if (s->has_to)
+        s->block_end = kv_keys_lower_bound(t->index + KV_TABLE_ENTRY_BYTES,
+                                           t->blocks, stride, s->to,
+                                           shape->key_bytes);
+    if (!s->has_from) return;
+    s->block = kv_keys_lower_bound(t->index + KV_TABLE_ENTRY_BYTES, t->blocks,
+                                   stride, s->from, shape->key_bytes);
+    if (s->block > 0) s->block--;
+}
+
+/* Narrows the records of the view to the range. */
+static void kv_table_source_clip(struct kv_table_source *s)
+{
+    const struct kv_shape *shape = &s->job->env->shape;
+    const struct kv_block_view *view = &s->view;
+    size_t puts;
+
+    s->at = 0;
+    s->end = view->records;
+    if (s->has_to && s->block == s->block_end)
+        s->end = kv_keys_lower_bound(view->keys, s->end, shape->key_bytes,
+                                     s->to, shape->key_bytes);
+    assert(s->end <= view->records);
+    if (s->has_from)
+        s->at = kv_keys_lower_bound(view->keys, s->end, shape->key_bytes,
+                                    s->from, shape->key_bytes);
+    puts = s->at;
+    for (size_t i = 0; view->bits && i < s->at; i++)
+        puts -= kv_bit_get(view->bits, i);
+    assert(s->at <= s->end);
+    assert(puts <= s->at);
+    s->value = view->values + puts * shape->value_bytes;
+    if (s->at < s->end) s->has_from = false;
+}
+
+/* (T3) and (B4), between a decoded block and the index. */
+static const char *kv_table_check_bounds(const struct kv_env *env,
+                                         const struct kv_table *t, size_t i,
+                                         const struct kv_block_view *view)
+{
+    size_t k = env->shape.key_bytes;
+    const unsigned char *last = view->keys + (view->records - 1) * k;
+
+    if (memcmp(view->keys, kv_table_block_key(t, i), k) != 0)
+        return "first key is not the index's";
+    if (i + 1 < t->blocks && memcmp(last, kv_table_block_key(t, i + 1),
+                                    k) >= 0)
+        return "last key is not below the next block";
+    return NULL;
+}
+
+static int kv_table_source_read(struct kv_table_source *s,
+                                struct kvmeta_error *err)
+{
+    struct kv_env *env = s->job->env;
+    const struct kv_table *t = s->table;
+    struct kv_block block = kv_table_entry_decode(kv_table_entry(t, s->block));
+    const char *broken;
+    int rc;
+
+    assert(s->zstd);
+    assert(s->block < s->block_end);
+    assert(block.stored_bytes <= t->stored_bytes_max);
+    rc = kv_job_pace(s->job, block.stored_bytes);
+    if (rc) return rc;
+    rc = kv_file_read(env, &t->file, s->stored, block.stored_bytes, block.off,
+                      err);
+    if (rc) return rc;
+    broken = kv_block_decode(env, s->zstd, t->seed, &block, s->stored, s->raw,
+                             s->rows, &s->view);
+    if (!broken) broken = kv_table_check_bounds(env, t, s->block, &s->view);
+    if (broken) return kv_fail_corrupt(err, &t->file, block.off, "%s", broken);
+    s->block++;
+    kv_table_source_clip(s);
+    return KVMETA_OK;
+}
+
+static int kv_table_source_next(struct kv_source *base,
+                                struct kvmeta_error *err)
+{
+    struct kv_table_source *s = (struct kv_table_source *)base;
+    const struct kv_shape *shape = &s->job->env->shape;
+
+    while (KV_UNLIKELY(s->at == s->end)) {
+        int rc;
+
+        if (s->block >= s->block_end) return KV_END;
+        rc = kv_table_source_read(s, err);
+        if (rc) return rc;
+    }
+    base->key = s->view.keys + s->at * shape->key_bytes;
+    base->head = kv_key_head(shape, base->key);
+    if (s->view.bits && kv_bit_get(s->view.bits, s->at)) {
+        base->value = NULL;
+    } else {
+        base->value = s->value;
+        s->value += shape->value_bytes;
+    }
+    s->at++;
+    return KVMETA_OK;
+}
+
+static int kv_table_source_alloc(struct kv_table_source *s,
+                                 struct kvmeta_error *err)
+{
+    struct kv_env *env = s->job->env;
+    size_t raw_bytes = s->table->raw_bytes_max + 1;
+    size_t bytes = s->table->stored_bytes_max + 2 * raw_bytes;
+
+    s->stored = kv_alloc(env, bytes);
+    if (!s->stored) return kv_fail_memory(err, bytes);
+    s->raw = s->stored + s->table->stored_bytes_max;
+    s->rows = s->raw + raw_bytes;
+    s->zstd = ZSTD_createDCtx_advanced(kv_zstd_memory(env));
+    return s->zstd ? KVMETA_OK : kv_fail_memory(err, sizeof s->zstd);
+}
+
+/* from, to: the store's keys, copied; NULL: without a bound. */
+static int kv_table_source_open(struct kv_job *job, const struct kv_table *t,
+                                const void *from, const void *to,
+                                struct kv_table_source *s,
+                                struct kvmeta_error *err)
+{
+    size_t key_bytes = job->env->shape.key_bytes;
+    int rc;
+
+    memset(s, 0, sizeof *s);
+    s->base.next = kv_table_source_next;
+    s->job = job;
+    s->table = t;
+    s->has_from = from != NULL;
+    s->has_to = to != NULL;
+    if (from) memcpy(s->from, from, key_bytes);
+    if (to) memcpy(s->to, to, key_bytes);
+    kv_table_source_narrow(s);
+    if (s->block >= s->block_end) return KVMETA_OK;
+    rc = kv_table_source_alloc(s, err);
+    if (rc) kv_table_source_close(s);
+    return rc;
+}
+
+/* --- Verification --- */
+
+/* Reads all records and compares their sum and count with the footer's. */
+static int kv_table_check_records(struct kv_job *job, const struct kv_table *t,
+                                  struct kvmeta_error *err)
+{
+    const struct kv_shape *shape = &job->env->shape;
+    struct kv_table_source s;
+    struct kvmeta_digest sum = {0, 0};
+    uint64_t records = 0;
+    int rc = kv_table_source_open(job, t, NULL, NULL, &s, err);
+
+    if (rc) return rc;
+    while ((rc = kv_table_source_next(&s.base, err)) == KVMETA_OK) {
+        kv_digest_add(&sum, kv_digest_record(shape, s.base.key, s.base.value));
+        records++;
+    }
+    kv_table_source_close(&s);
+    if (rc != KV_END) return rc;
+    assert(records == t->meta.records);
+    if (records != t->meta.records || !kv_digest_equal(sum, t->sum))
+        return kv_fail_corrupt(err, &t->file, KV_TABLE_HEADER_BYTES,
+                               "record sum is wrong");
+    return KVMETA_OK;
+}
+
+/* Checks every byte, as it is in the file now: what `t` has in memory is used
+ * for nothing but its file and what the manifest said. */
+static int kv_table_verify(struct kv_job *job, const struct kv_table *t,
+                           struct kvmeta_error *err)
+{
+    struct kv_table again = {.meta = t->meta, .file = t->file};
+    int rc = kv_table_load(job->env, &again, err);
+
+    if (!rc) rc = kv_table_check_records(job, &again, err);
+    kv_free(job->env, again.index);
+    return rc;
+}
+
+/* ==========================================================================
+ * Table writer
+ *
+ * Writes one table front to back, syncs it, and reads all of it back before
+ * it hands it out. The file has its final name from the start; until the
+ * manifest lists it, it is garbage that the next open deletes. The sync of
+ * the directory is the caller's.
+ * ========================================================================== */
+
+enum { KV_TABLE_OUT_BYTES = 64 * 1024 }; /* so many are written at once */
+
+struct kv_table_writer {
+    struct kv_job *job;
+    struct kv_file file;
+    bool created;                 /* and not handed out: to be unlinked */
+    uint32_t seed;
+    uint64_t records;
+    uint64_t tombstones;
+    struct kvmeta_digest sum;
+    struct kv_encoder encoder;
+    uint64_t out_off;             /* where `out` goes in the file */
+    size_t out_bytes;
+    size_t out_cap;
+    unsigned char *out;
+    size_t blocks;
+    size_t index_cap;             /* in blocks */
+    unsigned char *index;
+};
+
+static void kv_table_writer_free(struct kv_table_writer *w)
+{
+    struct kv_env *env = w->job->env;
+
+    kv_encoder_free(&w->encoder);
+    kv_free(env, w->out);
+    kv_free(env, w->index);
+    w->out = NULL;
+    w->index = NULL;
+    w->out_cap = 0;
+    w->index_cap = 0;
+}
+
+/* Closes and unlinks. Accepts a zeroed writer, and a finished one, which has
+ * nothing left to give up. */
+static void kv_table_writer_abort(struct kv_table_writer *w)
+{
+    if (!w->job) return;
+    assert(w->created || !w->file.open);
+    kv_table_writer_free(w);
+    kv_file_close(w->job->env, &w->file);
+    if (w->created)
+        (void)kv_file_unlink(w->job->env, KV_FILE_TABLE, w->file.id, NULL);
+    w->created = false;
+}
+
+static int kv_table_writer_reserve(struct kv_table_writer *w, size_t bytes,
+                                   struct kvmeta_error *err)
+{
+    return kv_grow(w->job->env, (void **)&w->out, &w->out_cap,
+                   w->out_bytes + bytes, 1, err);
+}
+
+static int kv_table_writer_write(struct kv_table_writer *w,
+                                 struct kvmeta_error *err)
+{
+    int rc = kv_job_pace(w->job, w->out_bytes);
+
+    if (rc) return rc;
+    rc = kv_file_write(w->job->env, &w->file, w->out, w->out_bytes, w->out_off,
+                       err);
+    if (rc) return rc;
+    w->out_off += w->out_bytes;
+    w->out_bytes = 0;
+    return KVMETA_OK;
+}
+
+/* Appends bytes that exist already. */
+static int kv_table_writer_put(struct kv_table_writer *w,
+                               const unsigned char *bytes, size_t n,
+                               struct kvmeta_error *err)
+{
+    while (n > 0) {
+        size_t part = n < KV_TABLE_OUT_BYTES ? n : KV_TABLE_OUT_BYTES;
+        int rc = kv_table_writer_reserve(w, part, err);
+
+        if (rc) return rc;
+        memcpy(w->out + w->out_bytes, bytes, part);
+        w->out_bytes += part;
+        bytes += part;
+        n -= part;
+        if (w->out_bytes < KV_TABLE_OUT_BYTES) continue;
+        rc = kv_table_writer_write(w, err);
+        if (rc) return rc;
+    }
+    return KVMETA_OK;
+}
+
+static int kv_table_writer_create(struct kv_table_writer *w, uint64_t id,
+                                  struct kvmeta_error *err)
+{
+    struct kv_env *env = w->job->env;
+    unsigned char header[KV_TABLE_HEADER_BYTES];
+    unsigned char salt[KV_SALT_BYTES];
+    int e = env->vfs->random(env->vfs->user, salt, sizeof salt);
+    int rc;
+
+    if (e)
+        return kv_fail(err, KVMETA_E_IO, e, "random numbers: error %d", e);
+    rc = kv_file_open(env, KV_FILE_TABLE, id,
+                      KVMETA_VFS_WRITE | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL,
+                      &w->file, err);
+    if (rc) return rc;
+    w->created = true;
+    w->seed = kv_table_header_encode(env, id, salt, header);
+    return kv_table_writer_put(w, header, sizeof header, err);
+}
+
+static int kv_table_writer_open(struct kv_job *job, uint64_t id,
+                                struct kv_table_writer *w,
+                                struct kvmeta_error *err)
+{
+    int rc;
+
+    memset(w, 0, sizeof *w);
+    w->job = job;
+    kv_encoder_init(&w->encoder, job->env, job->zstd_level);
+    rc = kv_table_writer_create(w, id, err);
+    if (rc) kv_table_writer_abort(w);
+    return rc;
+}
+
+/* Encodes the records gathered as a block, and enters it in the index. */
+static int kv_table_writer_end_block(struct kv_table_writer *w,
+                                     struct kvmeta_error *err)
+{
+    struct kv_env *env = w->job->env;
+    struct kv_encoder *e = &w->encoder;
+    size_t entry_bytes = kv_table_entry_bytes(&env->shape);
+    struct kv_block block = {
+        .off = w->out_off + w->out_bytes,
+        .records = e->records,
+        .tombstones = e->tombstones
+    };
+    unsigned char *to;
+    size_t stored_bytes;
+    int rc;
+
+    rc = kv_grow(env, (void **)&w->index, &w->index_cap, w->blocks + 1,
+                 entry_bytes, err);
+    if (rc) return rc;
+    rc = kv_table_writer_reserve(w, kv_encoder_bound(e), err);
+    if (rc) return rc;
+    assert(w->out_cap - w->out_bytes >= kv_encoder_bound(e));
+    to = w->out + w->out_bytes;
+    rc = kv_block_encode(e, to, &stored_bytes, err);
+    if (rc) return rc;
+    assert(stored_bytes <= KV_BLOCK_STORED_MAX);
+    block.stored_bytes = (uint32_t)stored_bytes;
+    block.crc = kv_crc_add(&env->crc, w->seed, to, stored_bytes);
+    kv_table_entry_encode(&env->shape, &block, e->keys,
+                          w->index + w->blocks * entry_bytes);
+    w->blocks++;
+    w->out_bytes += stored_bytes;
+    return w->out_bytes < KV_TABLE_OUT_BYTES ? KVMETA_OK
+                                             : kv_table_writer_write(w, err);
+}
+
+/* Is `key` above the last one that was added? A block is ended only when the
+ * next record arrives, so its last key is still there to compare with. */
+static bool kv_table_writer_ascends(const struct kv_table_writer *w,
+                                    const void *key)
+{
+    const struct kv_encoder *e = &w->encoder;
+    size_t key_bytes = w->job->env->shape.key_bytes;
+
+    if (e->records == 0) return w->records == 0;
+    return memcmp(e->keys + (e->records - 1) * key_bytes, key, key_bytes) < 0;
+}
+
+/* value NULL: a tombstone. Where value_bytes is 0, any other pointer is a
+ * put. After an error the writer can only be aborted. */
+static int kv_table_writer_add(struct kv_table_writer *w, const void *key,
+                               const void *value, struct kvmeta_error *err)
+{
+    int rc;
+
+    assert(w->created);
+    assert(kv_table_writer_ascends(w, key));
+    if (KV_UNLIKELY(kv_encoder_full(&w->encoder))) {
+        rc = kv_table_writer_end_block(w, err);
+        if (rc) return rc;
+    }
+    rc = kv_encoder_add(&w->encoder, key, value, err);
+    if (rc) return rc;
+    kv_digest_add(&w->sum, kv_digest_record(&w->job->env->shape, key, value));
+    w->records++;
+    if (!value) w->tombstones++;
+    return KVMETA_OK;
+}
+
+/* The last block, index and footer; fills in *t but for its file. */
+static int kv_table_writer_end(struct kv_table_writer *w, struct kv_table *t,
+                               struct kvmeta_error *err)
+{
+    struct kv_env *env = w->job->env;
+    unsigned char footer[KV_TABLE_FOOTER_BYTES];
+    size_t index_bytes;
+    int rc;
+
+    if (w->encoder.records > 0) {
+        rc = kv_table_writer_end_block(w, err);
+        if (rc) return rc;
+    }
+    index_bytes = w->blocks * kv_table_entry_bytes(&env->shape);
+    t->meta.records = w->records;
+    t->meta.tombstones = w->tombstones;
+    t->sum = w->sum;
+    t->seed = w->seed;
+    t->blocks = w->blocks;
+    t->index_off = w->out_off + w->out_bytes;
+    t->meta.bytes = t->index_off + index_bytes + sizeof footer;
+    t->index_crc = kv_crc_add(&env->crc, w->seed, w->index, index_bytes);
+    t->meta.footer_crc = kv_table_footer_encode(env, t, footer);
+    rc = kv_table_writer_put(w, w->index, index_bytes, err);
+    if (rc) return rc;
+    rc = kv_table_writer_put(w, footer, sizeof footer, err);
+    if (!rc) rc = kv_table_writer_write(w, err);
+    assert(rc || w->out_off == t->meta.bytes);
+    return rc;
+}
+
+/*
+ * Completes the table, and moves it, open, to *out. What is read back must be
+ * what was added: the count and the sum of the records were taken from the
+ * caller's own bytes, so that an error of the encoder, of memory, or of the
+ * disk does not outlive this function. After an error the writer can only be
+ * aborted; *out is zeroed.
+ */
+static int kv_table_writer_finish(struct kv_table_writer *w,
+                                  uint64_t seq_first, uint64_t seq_last,
+                                  struct kv_table *out,
+                                  struct kvmeta_error *err)
+{
+    struct kv_table t = {
+        .meta = {.id = w->file.id, .seq_first = seq_first,
+                 .seq_last = seq_last},
+        .file = w->file
+    };
+    int rc;
+
+    assert(w->created);
+    memset(out, 0, sizeof *out);
+    rc = kv_table_writer_end(w, &t, err);
+    if (rc) return rc;
+    kv_table_writer_free(w);
+    rc = kv_file_sync(w->job->env, &w->file, err);
+    if (rc) return rc;
+    rc = kv_table_load(w->job->env, &t, err);
+    if (!rc) rc = kv_table_check_records(w->job, &t, err);
+    if (rc) {
+        kv_free(w->job->env, t.index);
+        return rc;
+    }
+    assert(kv_digest_equal(t.sum, w->sum));
+    assert(t.meta.records == w->records);
+    assert(t.file.open);
+    *out = t;                     /* ownership moves here */
+    w->file.open = false;
+    w->created = false;
+    return KVMETA_OK;
+}
+
+/* ==========================================================================
+ * Merge
+ *
+ * Many sources to one: a tree of losers over (head, key, age). Of equal keys
+ * the newest source's record is passed on and the others are passed over.
+ *
+ *   (M1) Ended sources are greater than all others.
+ *   (M2) node[i], 1 <= i < n, holds the loser of the match at i, node[0] the
+ *        winner of all; source s enters at the parent of leaf n + s.
+ *   (M3) With `balance`, the sum of the records passed on and of `shadowed`
+ *        is the sum of all records taken in.
+ * ========================================================================== */
+
+/* A source in the tree, with its head close by. */
+struct kv_merge_leaf {
+    uint64_t head;
+    const unsigned char *key;     /* NULL: ended */
+};
+
+struct kv_merge {
+    struct kv_source base;
+    struct kv_env *env;
+    struct kv_source **sources;   /* oldest first; the caller's */
+    size_t n;
+    bool balance;                 /* set after open: keep `shadowed` */
+    bool started;
+    uint64_t records_in;
+    struct kvmeta_digest shadowed;
+    struct kv_merge_leaf *leaf;   /* [n] */
+    uint32_t *node;               /* [n], in the allocation of `leaf` */
+    unsigned char key[KVMETA_KEY_BYTES_MAX]; /* passed on last */
+};
+
+/* Does source a come before source b? */
+static bool kv_merge_before(const struct kv_merge *m, uint32_t a, uint32_t b)
+{
+    const struct kv_merge_leaf *x = &m->leaf[a];
+    const struct kv_merge_leaf *y = &m->leaf[b];
+    int order;
+
+    assert(a != b);
+    if (x->head != y->head) return x->head < y->head;
+    if (!x->key || !y->key) return x->key || (!y->key && a > b);
+    order = kv_key_compare(&m->env->shape, x->key, x->head, y->key, y->head);
+    return order ? order < 0 : a > b;
+}
+
+/* Moves source s to its following record. */
+static int kv_merge_pull(struct kv_merge *m, uint32_t s,
+                         struct kvmeta_error *err)
+{
+    struct kv_source *source = m->sources[s];
+    int rc = source->next(source, err);
+
+    assert(s < m->n);
+    if (rc == KVMETA_OK) {
+        assert(source->head == kv_key_head(&m->env->shape, source->key));
+        m->leaf[s].head = source->head;
+        m->leaf[s].key = source->key;
+        m->records_in++;
+        return KVMETA_OK;
+    }
+    if (rc != KV_END) return rc;
+    m->leaf[s].head = UINT64_MAX;
+    m->leaf[s].key = NULL;
+    return KVMETA_OK;
+}
+
+/* Plays the matches from source s up to the top. */
+static void kv_merge_replay(struct kv_merge *m, uint32_t s)
+{
+    uint32_t winner = s;
+
+    assert(s < m->n);
+    for (size_t i = (m->n + s) / 2; i > 0; i /= 2) {
+        uint32_t loser = m->node[i];
+
+        if (kv_merge_before(m, loser, winner)) {
+            m->node[i] = winner;
+            winner = loser;
+        }
+    }
+    m->node[0] = winner;
+}
+
+/* Plays all matches. Inner match i is between matches 2i and 2i + 1; a number
+ * from n on is a leaf. `won` has the winners for the time of the building. */
+static void kv_merge_build(struct kv_merge *m, uint32_t *won)
+{
+    assert(m->n >= 2);
+    for (size_t i = m->n; i-- > 1;) {
+        uint32_t a = 2 * i < m->n ? won[2 * i] : (uint32_t)(2 * i - m->n);
+        uint32_t b = 2 * i + 1 < m->n ? won[2 * i + 1]
+                                      : (uint32_t)(2 * i + 1 - m->n);
+        bool a_wins = kv_merge_before(m, a, b);
+
+        won[i] = a_wins ? a : b;
+        m->node[i] = a_wins ? b : a;
+    }
+    m->node[0] = won[1];
+}
+
+static int kv_merge_start(struct kv_merge *m, struct kvmeta_error *err)
+{
+    for (uint32_t s = 0; s < m->n; s++) {
+        int rc = kv_merge_pull(m, s, err);
+
+        if (rc) return rc;
+    }
+    kv_merge_build(m, m->node + m->n);
+    m->started = true;
+    return KVMETA_OK;
+}
+
+/* Is the winner's key the one that was passed on last? */
+static bool kv_merge_repeats(const struct kv_merge *m)
+{
+    const struct kv_merge_leaf *top = &m->leaf[m->node[0]];
+
+    if (!top->key || top->head != m->base.head) return false;
+    return memcmp(top->key, m->key, m->env->shape.key_bytes) == 0;
+}
+
+/* Moves on from the winner, and over all records of the same key: these are
+ * older, for of equal keys the newest has won. */
+static int kv_merge_advance(struct kv_merge *m, struct kvmeta_error *err)
+{
+    const struct kv_shape *shape = &m->env->shape;
+
+    for (;;) {
+        uint32_t top = m->node[0];
+        int rc = kv_merge_pull(m, top, err);
+
+        if (rc) return rc;
+        kv_merge_replay(m, top);
+        if (KV_LIKELY(!kv_merge_repeats(m))) return KVMETA_OK;
+        assert(m->node[0] < top);
+        if (m->balance) {
+            const struct kv_source *s = m->sources[m->node[0]];
+
+            kv_digest_add(&m->shadowed,
+                          kv_digest_record(shape, s->key, s->value));
+        }
+    }
+}
+
+static int kv_merge_next(struct kv_source *base, struct kvmeta_error *err)
+{
+    struct kv_merge *m = (struct kv_merge *)base;
+    const struct kv_source *top;
+    int rc = m->started ? kv_merge_advance(m, err) : kv_merge_start(m, err);
+
+    if (rc) return rc;
+    top = m->sources[m->node[0]];
+    if (!m->leaf[m->node[0]].key) return KV_END;
+    memcpy(m->key, top->key, m->env->shape.key_bytes);
+    base->key = m->key;
+    base->value = top->value;
+    base->head = top->head;
+    return KVMETA_OK;
+}
+
+/* Of one source or none: nothing to compare, nothing to copy. */
+static int kv_merge_next_single(struct kv_source *base,
+                                struct kvmeta_error *err)
+{
+    struct kv_merge *m = (struct kv_merge *)base;
+    struct kv_source *source;
+    int rc;
+
+    assert(m->n <= 1);
+    if (m->n == 0) return KV_END;
+    source = m->sources[0];
+    rc = source->next(source, err);
+    if (rc) return rc;
+    m->records_in++;
+    base->key = source->key;
+    base->value = source->value;
+    base->head = source->head;
+    return KVMETA_OK;
+}
+
+/* Accepts a zeroed one. The sources stay open. */
+static void kv_merge_close(struct kv_merge *m)
+{
+    if (m->env) kv_free(m->env, m->leaf);
+    memset(m, 0, sizeof *m);
+}
+
+/* sources: oldest first; array and sources must outlive the merge, and none
+ * may have been moved. After an error of `next` the merge can only be closed.
+ */
+static int kv_merge_open(struct kv_env *env, struct kv_source **sources,
+                         size_t n, struct kv_merge *m,
+                         struct kvmeta_error *err)
+{
+    size_t bytes = n * (sizeof *m->leaf + 2 * sizeof *m->node);
+
+    assert(n < UINT32_MAX / 64);
+    memset(m, 0, sizeof *m);
+    m->env = env;
+    m->sources = sources;
+    m->n = n;
+    m->base.next = n < 2 ? kv_merge_next_single : kv_merge_next;
+    if (n < 2) return KVMETA_OK;
+    m->leaf = kv_alloc(env, bytes);
+    if (!m->leaf) return kv_fail_memory(err, bytes);
+    m->node = (uint32_t *)(void *)(m->leaf + n);
+    return KVMETA_OK;
+}
+/* ==========================================================================
+ * Log frames
+ *
+ * The one place that knows the bytes of a log; the tables stand in the head
+ * of this file. Encoding and decoding are neighbours. Carries (L1): a frame
+ * is valid at one offset of one log of one store only, because its sums are
+ * seeded by the file and its header holds its own offset.
+ * ========================================================================== */
+
+enum {
+    KV_LOG_VERSION = 1,
+    KV_LOG_HEADER_BYTES = 128,
+    KV_FRAME_BYTES = 64,
+    KV_ENTRY_BYTES = 8,           /* op and zeros in front of an entry */
+    KV_ENTRY_PUT = 1,
+    KV_ENTRY_REMOVE = 2,
+    KV_FRAME_SYNCED = 0x5366764B, /* "KvfS": padded to log_align */
+    KV_FRAME_PLAIN = 0x5066764B   /* "KvfP": padded to 8 */
+};
+
+#define KV_LOG_MAGIC 0x0031474F4C4D564Bu /* "KVMLOG1" */
+
+/* What is fixed for a log when it is made. */
+struct kv_log_head {
+    uint64_t id;
+    unsigned char salt[KV_SALT_BYTES];
+    uint32_t align;
+    uint32_t slot_bytes;
+    uint64_t first_seq;           /* of its first batch */
+    struct kvmeta_digest digest;  /* of the records before its first batch */
+    uint32_t seed;                /* of its sums */
+    uint32_t crc;                 /* of the header; the first frame's prev */
+};
+
+struct kv_frame {
+    bool synced;
+    uint32_t entries;
+    uint64_t pos;
+    uint64_t seq;                 /* of the first batch */
+    uint64_t durable;
+    struct kvmeta_digest digest;  /* of all records, after this frame */
+    uint32_t prev;
+    uint32_t batches;
+    uint32_t bcrc;
+    uint32_t hcrc;
+};
+
+static uint32_t kv_log_slot_bytes(const struct kv_shape *shape)
+{
+    return (uint32_t)kv_align_up(KV_ENTRY_BYTES + shape->record_bytes, 8);
+}
+
+/* Offset of the first frame: the header has whole sectors to itself. */
+static uint64_t kv_log_first(uint32_t align)
+{
+    return kv_align_up(KV_LOG_HEADER_BYTES, align);
+}
+
+/* End of a frame with `entries` entries that starts at `pos`. */
+static uint64_t kv_frame_end(const struct kv_log_head *head, uint64_t pos,
+                             uint64_t entries, bool synced)
+{
+    uint64_t end = pos + KV_FRAME_BYTES + entries * head->slot_bytes;
+
+    assert(pos % 8 == 0);
+    assert(head->slot_bytes % 8 == 0);
+    return synced ? kv_align_up(end, head->align) : end;
+}
+
+/* The sum covers the whole block but for itself: the pad, too. */
+static uint32_t kv_log_head_crc(const struct kv_env *env, uint32_t seed,
+                                const unsigned char *block, size_t bytes)
+{
+    uint32_t crc = kv_crc_add(&env->crc, seed, block, KV_LOG_HEADER_BYTES - 4);
+
+    assert(bytes >= KV_LOG_HEADER_BYTES);
+    return kv_crc_add(&env->crc, crc, block + KV_LOG_HEADER_BYTES,
+                      bytes - KV_LOG_HEADER_BYTES);
+}
+
+/* block: kv_log_first(head->align) bytes. Sets head->seed and head->crc. */
+static void kv_log_head_encode(const struct kv_env *env,
+                               struct kv_log_head *head, unsigned char *block)
+{
+    size_t bytes = (size_t)kv_log_first(head->align);
+
+    memset(block, 0, bytes);
+    kv_store_le64(block, KV_LOG_MAGIC);
+    kv_store_le32(block + 8, KV_LOG_VERSION);
+    kv_store_le32(block + 12, head->align);
+    memcpy(block + 16, env->uuid, KV_UUID_BYTES);
+    kv_store_le64(block + 32, head->id);
+    memcpy(block + 40, head->salt, KV_SALT_BYTES);
+    kv_store_le32(block + 56, env->shape.key_bytes);
+    kv_store_le32(block + 60, env->shape.value_bytes);
+    kv_store_le32(block + 64, head->slot_bytes);
+    kv_store_le64(block + 72, head->first_seq);
+    kv_store_le64(block + 80, head->digest.lo);
+    kv_store_le64(block + 88, head->digest.hi);
+    head->seed = kv_crc_file_seed(env, KV_FILE_LOG, head->id, head->salt);
+    head->crc = kv_log_head_crc(env, head->seed, block, bytes);
+    kv_store_le32(block + 124, head->crc);
+}
+
+/* Returns the broken rule, or NULL. `bytes` are there from the start of the
+ * file; id is the one in the file's name. */
+static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
+                                      const unsigned char *block,
+                                      uint64_t bytes, struct kv_log_head *head)
+{
+    uint32_t align;
+
+    memset(head, 0, sizeof *head);
+    if (bytes < KV_LOG_HEADER_BYTES) return "shorter than a log header";
+    if (kv_load_le64(block) != KV_LOG_MAGIC) return "not a log header";
+    align = kv_load_le32(block + 12);
+    if (align < 8 || align > 65536 || (align & (align - 1)) != 0)
+        return "log header: align out of range";
+    if (bytes < kv_log_first(align)) return "shorter than a log header";
+
+    head->id = id;
+    head->align = align;
+    memcpy(head->salt, block + 40, KV_SALT_BYTES);
+    head->slot_bytes = kv_load_le32(block + 64);
+    head->first_seq = kv_load_le64(block + 72);
+    head->digest.lo = kv_load_le64(block + 80);
+    head->digest.hi = kv_load_le64(block + 88);
+    head->seed = kv_crc_file_seed(env, KV_FILE_LOG, id, head->salt);
+    head->crc = kv_load_le32(block + 124);
+    if (kv_log_head_crc(env, head->seed, block, (size_t)kv_log_first(align))
+        != head->crc)
+        return "log header: crc";
+    if (kv_load_le32(block + 8) != KV_LOG_VERSION)
+        return "log header: version";
+    if (head->slot_bytes != kv_log_slot_bytes(&env->shape))
+        return "log header: widths";
+    return NULL;
+}
+
+/* frame: KV_FRAME_BYTES. Sets f->hcrc. */
+static void kv_frame_encode(const struct kv_env *env, uint32_t seed,
+                            struct kv_frame *f, unsigned char *frame)
+{
+    kv_store_le32(frame, f->synced ? KV_FRAME_SYNCED : KV_FRAME_PLAIN);
+    kv_store_le32(frame + 4, f->entries);
+    kv_store_le64(frame + 8, f->pos);
+    kv_store_le64(frame + 16, f->seq);
+    kv_store_le64(frame + 24, f->durable);
+    kv_store_le64(frame + 32, f->digest.lo);
+    kv_store_le64(frame + 40, f->digest.hi);
+    kv_store_le32(frame + 48, f->prev);
+    kv_store_le32(frame + 52, f->batches);
+    kv_store_le32(frame + 56, f->bcrc);
+    f->hcrc = kv_crc_add(&env->crc, seed, frame, KV_FRAME_BYTES - 4);
+    kv_store_le32(frame + 60, f->hcrc);
+}
+
+/* Is this the header of a frame that was written at `pos` of this log? */
+static bool kv_frame_decode(const struct kv_env *env, uint32_t seed,
+                            const unsigned char *frame, uint64_t pos,
+                            struct kv_frame *f)
+{
+    uint32_t magic = kv_load_le32(frame);
+
+    if (magic != KV_FRAME_SYNCED && magic != KV_FRAME_PLAIN) return false;
+    f->synced = magic == KV_FRAME_SYNCED;
+    f->entries = kv_load_le32(frame + 4);
+    f->pos = kv_load_le64(frame + 8);
+    if (f->pos != pos) return false;
+    f->seq = kv_load_le64(frame + 16);
+    f->durable = kv_load_le64(frame + 24);
+    f->digest.lo = kv_load_le64(frame + 32);
+    f->digest.hi = kv_load_le64(frame + 40);
+    f->prev = kv_load_le32(frame + 48);
+    f->batches = kv_load_le32(frame + 52);
+    f->bcrc = kv_load_le32(frame + 56);
+    f->hcrc = kv_load_le32(frame + 60);
+    return kv_crc_add(&env->crc, seed, frame, KV_FRAME_BYTES - 4) == f->hcrc;
+}
+
+/* entry: slot bytes, all of which are written. value NULL: a removal. */
+static void kv_entry_encode(const struct kv_shape *shape, size_t slot_bytes,
+                            const void *key, const void *value,
+                            unsigned char *entry)
+{
+    size_t used = KV_ENTRY_BYTES + shape->key_bytes;
+
+    assert(slot_bytes >= KV_ENTRY_BYTES + shape->record_bytes);
+    kv_store_le64(entry, value ? KV_ENTRY_PUT : KV_ENTRY_REMOVE);
+    memcpy(entry + KV_ENTRY_BYTES, key, shape->key_bytes);
+    if (value) {
+        memcpy(entry + used, value, shape->value_bytes);
+        used += shape->value_bytes;
+    }
+    memset(entry + used, 0, slot_bytes - used);
+}
+
+static bool kv_is_zero(const unsigned char *p, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (p[i]) return false;
+    return true;
+}
+
+/* Returns the broken rule, or NULL. */
+static const char *kv_entry_check(const struct kv_shape *shape,
+                                  size_t slot_bytes,
+                                  const unsigned char *entry)
+{
+    size_t used = KV_ENTRY_BYTES + shape->key_bytes;
+    uint64_t op = kv_load_le64(entry);
+
+    if (op != KV_ENTRY_PUT && op != KV_ENTRY_REMOVE) return "unknown operation";
+    if (op == KV_ENTRY_PUT) used += shape->value_bytes;
+    if (!kv_is_zero(entry + used, slot_bytes - used)) return "pad not zero";
+    return NULL;
+}
+
+/* ==========================================================================
+ * Log writer
+ *
+ * Appends frames to the live log. Only the holder of the commit right calls
+ * in, so nothing here locks. The buffer collects entries behind the room for
+ * a frame header; kv_log_write turns them into a frame. Carries (W1): bytes
+ * before `durable` are never written again; (W2): a commit is acknowledged as
+ * durable only once `durable` has passed it; durable <= end <= what the file
+ * holds.
+ * ========================================================================== */
+
+enum { KV_LOG_EXTEND_BYTES = 1 << 20 };
+
+struct kv_log {
+    struct kv_file file;          /* not open: there is no live log */
+    struct kv_log_head head;
+    uint64_t end;                 /* of the last frame written */
+    uint64_t durable;             /* offset up to which a sync returned OK */
+    uint64_t size;                /* of the file, extended by zeros */
+    uint64_t next_seq;            /* of the first batch of the next frame */
+    uint32_t prev;                /* hcrc of the last frame */
+    struct kvmeta_digest digest;  /* after the last frame */
+};
+
+/* Entries on their way into the log. Those up to `pending` are visible to
+ * readers already (buffered commits), the others belong to the group that is
+ * being committed. */
+struct kv_log_buffer {
+    unsigned char *bytes;         /* room for a header, then entries */
+    size_t cap;
+    size_t used;                  /* KV_FRAME_BYTES when empty */
+    uint32_t entries;
+    uint32_t batches;
+    size_t pending_used;
+    uint32_t pending_entries;
+    uint32_t pending_batches;
+};
+
+static void kv_log_buffer_clear(struct kv_log_buffer *buf)
+{
+    buf->used = buf->pending_used = KV_FRAME_BYTES;
+    buf->entries = buf->pending_entries = 0;
+    buf->batches = buf->pending_batches = 0;
+}
+
+/* Room for `bytes` more, and for the pad of a frame. */
+static int kv_log_buffer_reserve(struct kv_env *env, struct kv_log_buffer *buf,
+                                 size_t bytes, struct kvmeta_error *err)
+{
+    size_t need = buf->used + bytes + 65536;
+    void *p;
+
+    if (KV_LIKELY(need <= buf->cap)) return KVMETA_OK;
+    need = (size_t)kv_max(need, buf->cap + buf->cap / 2);
+    p = kv_resize(env, buf->bytes, need);
+    if (!p) return kv_fail_memory(err, need);
+    buf->bytes = p;
+    buf->cap = need;
+    return KVMETA_OK;
+}
+
+/* The room must have been reserved. value NULL: a removal. */
+static void kv_log_buffer_add(const struct kv_shape *shape,
+                              struct kv_log_buffer *buf, size_t slot_bytes,
+                              const void *key, const void *value)
+{
+    assert(buf->used + slot_bytes <= buf->cap);
+    assert(buf->entries < UINT32_MAX);
+    kv_entry_encode(shape, slot_bytes, key, value, buf->bytes + buf->used);
+    buf->used += slot_bytes;
+    buf->entries++;
+}
+
+/* What is in the buffer is visible to readers now. */
+static void kv_log_buffer_keep(struct kv_log_buffer *buf)
+{
+    buf->pending_used = buf->used;
+    buf->pending_entries = buf->entries;
+    buf->pending_batches = buf->batches;
+}
+
+/* Forgets the group whose commit failed. */
+static void kv_log_buffer_drop(struct kv_log_buffer *buf)
+{
+    assert(buf->pending_used <= buf->used);
+    buf->used = buf->pending_used;
+    buf->entries = buf->pending_entries;
+    buf->batches = buf->pending_batches;
+}
+
+/* Writes zeros ahead, so that a sync need not also store a new file size. A
+ * full disk is no error here: the frame itself will meet it. */
+static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
+                         struct kvmeta_error *err)
+{
+    static const unsigned char zeros[65536];
+    int rc = KVMETA_OK;
+
+    if (need <= log->size) return KVMETA_OK;
+    need = kv_align_up(need, KV_LOG_EXTEND_BYTES);
+    while (log->size < need && !rc) {
+        uint64_t n = kv_min(sizeof zeros, need - log->size);
+
+        rc = kv_file_write(env, &log->file, zeros, (size_t)n, log->size, err);
+        if (!rc) log->size += n;
+    }
+    return rc == KVMETA_E_NOSPACE ? KVMETA_OK : rc;
+}
+
+/*
+ * Writes what is in the buffer as one frame. digest: of all records after it.
+ * After an error the log is as before, but for bytes behind its end.
+ */
+static int kv_log_write(struct kv_env *env, struct kv_log *log,
+                        struct kv_log_buffer *buf, struct kvmeta_digest digest,
+                        bool synced, struct kvmeta_error *err)
+{
+    struct kv_frame f = {
+        .synced = synced, .entries = buf->entries, .pos = log->end,
+        .seq = log->next_seq, .durable = log->durable, .digest = digest,
+        .prev = log->prev, .batches = buf->batches
+    };
+    uint64_t end = kv_frame_end(&log->head, log->end, buf->entries, synced);
+    size_t bytes = (size_t)(end - log->end);
+    int rc = kv_log_buffer_reserve(env, buf, 0, err);
+
+    if (rc) return rc;
+    assert(log->file.open);
+    assert(buf->used == KV_FRAME_BYTES + buf->entries * log->head.slot_bytes);
+    assert(bytes >= buf->used);
+    assert(bytes <= buf->cap);
+    memset(buf->bytes + buf->used, 0, bytes - buf->used);
+    f.bcrc = kv_crc_add(&env->crc, log->head.seed, buf->bytes + KV_FRAME_BYTES,
+                        bytes - KV_FRAME_BYTES);
+    kv_frame_encode(env, log->head.seed, &f, buf->bytes);
+
+    if (synced) rc = kv_log_extend(env, log, end, err);
+    if (!rc)
+        rc = kv_file_write(env, &log->file, buf->bytes, bytes, log->end, err);
+    if (rc) return rc;
+
+    log->end = end;
+    log->size = kv_max(log->size, end);
+    log->next_seq += buf->batches;
+    log->prev = f.hcrc;
+    log->digest = digest;
+    kv_log_buffer_clear(buf);
+    return KVMETA_OK;
+}
+
+/* Makes all frames durable. An error is final. */
+static int kv_log_sync(struct kv_env *env, struct kv_log *log,
+                       struct kvmeta_error *err)
+{
+    int rc;
+
+    assert(log->durable <= log->end);
+    if (KV_MUTANT(1)) rc = KVMETA_OK;
+    else rc = kv_file_sync(env, &log->file, err);
+    if (rc && KV_MUTANT(2)) rc = kv_file_sync(env, &log->file, err);
+    if (rc) return rc;
+    log->durable = log->end;
+    return KVMETA_OK;
+}
+
+/*
+ * Creates the file of a log, zero-filled up to `fill` bytes, synced, with its
+ * directory entry. What is in the header is not known before the switch.
+ */
+static int kv_log_create(struct kv_env *env, uint64_t id, uint64_t fill,
+                         struct kv_log *out, struct kvmeta_error *err)
+{
+    struct kv_log log = {0};
+    int rc;
+
+    rc = kv_file_open(env, KV_FILE_LOG, id,
+                      KVMETA_VFS_WRITE | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL,
+                      &log.file, err);
+    if (rc) return rc;
+    log.head.id = id;
+    if (fill) rc = kv_log_extend(env, &log, fill, err);
+    if (!rc) rc = kv_file_sync(env, &log.file, err);
+    if (!rc && !KV_MUTANT(3)) rc = kv_dir_sync(env, err);
+    if (rc) {
+        kv_file_close(env, &log.file);
+        (void)kv_file_unlink(env, KV_FILE_LOG, id, NULL);
+        return rc;
+    }
+    *out = log;
+    return KVMETA_OK;
+}
+
+/* Writes and syncs the header: from then on the log may be listed. */
+static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
+                        uint64_t first_seq, struct kvmeta_digest digest,
+                        struct kvmeta_error *err)
+{
+    uint64_t first = kv_log_first(align);
+    unsigned char *block = kv_alloc(env, (size_t)first);
+    int rc;
+
+    if (!block) return kv_fail_memory(err, (size_t)first);
+    log->head.align = align;
+    log->head.slot_bytes = kv_log_slot_bytes(&env->shape);
+    log->head.first_seq = first_seq;
+    log->head.digest = digest;
+    rc = env->vfs->random(env->vfs->user, log->head.salt, KV_SALT_BYTES);
+    if (rc) {
+        kv_free(env, block);
+        return kv_fail_file(err, &log->file, rc, "random salt", 0);
+    }
+    kv_log_head_encode(env, &log->head, block);
+    rc = kv_file_write(env, &log->file, block, (size_t)first, 0, err);
+    kv_free(env, block);
+    if (!rc && !KV_MUTANT(4)) rc = kv_file_sync(env, &log->file, err);
+    if (rc) return rc;
+
+    log->end = log->durable = first;
+    log->size = kv_max(log->size, first);
+    log->next_seq = first_seq;
+    log->prev = log->head.crc;
+    log->digest = digest;
+    return KVMETA_OK;
+}
+
+/* ==========================================================================
+ * Log replay
+ *
+ * Reads a log back, at open and to flush it. A sealed log must match the
+ * manifest to the last byte. The live one may end in a torn tail, which is
+ * told from damage by the highest offset that anything shows to have been
+ * acknowledged (kv_log_evidence). The entries, sorted by key, the last one of
+ * each key only, are a source for a merge. Carries (R1): what is accepted is
+ * an unbroken chain of frames from the header on; (R2): a tail is dropped
+ * only if no evidence says that a byte of it was acknowledged.
+ * ========================================================================== */
+
+/* An entry of a run: the head of its key, and its place in the log. */
+struct kv_run_item {
+    uint64_t head;
+    uint32_t place;               /* offset / 8 */
+};
+
+/* A whole log in memory. */
+struct kv_run {
+    unsigned char *bytes;
+    uint64_t size;                /* of the file */
+    struct kv_log_head head;
+    struct kv_run_item *items;
+    size_t count;
+    size_t cap;
+    uint64_t end;                 /* of the last accepted frame */
+    uint32_t last_hcrc;
+    uint64_t frames;
+    uint64_t batches;
+    struct kvmeta_digest digest;  /* after the last frame */
+    uint64_t torn_bytes;
+    int torn_reason;              /* enum kvmeta_torn */
+};
+
+/* What the manifest holds of a log. */
+struct kv_log_meta {
+    uint64_t id;
+    unsigned char salt[KV_SALT_BYTES];
+    bool live;
+    uint32_t last_hcrc;           /* of a sealed one */
+    uint64_t bytes;               /* of a sealed one */
+};
+
+static uint64_t kv_run_last_seq(const struct kv_run *run)
+{
+    return run->head.first_seq + run->batches - 1;
+}
+
+static void kv_run_free(struct kv_env *env, struct kv_run *run)
+{
+    kv_free(env, run->bytes);
+    kv_free(env, run->items);
+    memset(run, 0, sizeof *run);
+}
+
+/* Is there a whole frame at `pos` that follows the chain? Otherwise *reason
+ * is set. */
+static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
+                            uint64_t pos, struct kv_frame *f, int *reason)
+{
+    uint64_t end;
+
+    *reason = KVMETA_TORN_HEADER;
+    if (run->size - pos < KV_FRAME_BYTES) return false;
+    if (!kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, f))
+        return false;
+    *reason = KVMETA_TORN_CHAIN;
+    if (f->prev != run->last_hcrc) return false;
+    *reason = KVMETA_TORN_BODY;
+    if (f->entries > (run->size - pos) / run->head.slot_bytes) return false;
+    end = kv_frame_end(&run->head, pos, f->entries, f->synced);
+    if (end > run->size) return false;
+    return kv_crc_add(&env->crc, run->head.seed,
+                      run->bytes + pos + KV_FRAME_BYTES,
+                      (size_t)(end - pos - KV_FRAME_BYTES)) == f->bcrc;
+}
+
+/* Adds the entries of a valid frame. Its bytes are what somebody wrote with
+ * the right sums, so a broken rule is damage or a fault, never a torn tail. */
+static int kv_run_accept(struct kv_env *env, struct kv_run *run,
+                         const struct kv_file *file, const struct kv_frame *f,
+                         struct kvmeta_error *err)
+{
+    uint64_t at = f->pos + KV_FRAME_BYTES;
+    uint64_t end = kv_frame_end(&run->head, f->pos, f->entries, f->synced);
+    uint64_t body_end = at + (uint64_t)f->entries * run->head.slot_bytes;
+    int rc;
+
+    if (f->seq != run->head.first_seq + run->batches)
+        return kv_fail_corrupt(err, file, f->pos, "frame: seq %llu, want %llu",
+                               (unsigned long long)f->seq,
+                               (unsigned long long)(run->head.first_seq
+                                                    + run->batches));
+    if (f->durable > f->pos)
+        return kv_fail_corrupt(err, file, f->pos, "frame: durable too high");
+    if ((f->entries == 0) != (f->batches == 0) || f->batches > f->entries)
+        return kv_fail_corrupt(err, file, f->pos, "frame: batch count");
+    if (!kv_is_zero(run->bytes + body_end, (size_t)(end - body_end)))
+        return kv_fail_corrupt(err, file, body_end, "frame: pad not zero");
+
+    rc = kv_grow(env, (void **)&run->items, &run->cap,
+                 run->count + f->entries, sizeof *run->items, err);
+    if (rc) return rc;
+    for (; at < body_end; at += run->head.slot_bytes) {
+        const unsigned char *entry = run->bytes + at;
+        const char *rule = kv_entry_check(&env->shape, run->head.slot_bytes,
+                                          entry);
+        struct kv_run_item *item = &run->items[run->count++];
+
+        if (rule) return kv_fail_corrupt(err, file, at, "entry: %s", rule);
+        item->head = kv_key_head(&env->shape, entry + KV_ENTRY_BYTES);
+        item->place = (uint32_t)(at / 8);
+    }
+    run->end = end;
+    run->last_hcrc = f->hcrc;
+    run->frames++;
+    run->batches += f->batches;
+    run->digest = f->digest;
+    return KVMETA_OK;
+}
+
+/* The highest offset that a frame header anywhere in the file says to have
+ * been durable, also beyond the end of the chain. */
+static uint64_t kv_log_evidence(const struct kv_env *env,
+                                const struct kv_run *run)
+{
+    uint64_t highest = 0;
+    struct kv_frame f;
+
+    for (uint64_t pos = kv_log_first(run->head.align);
+         pos + KV_FRAME_BYTES <= run->size; pos += 8) {
+        if (kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, &f))
+            highest = kv_max(highest, f.durable);
+    }
+    return highest;
+}
+
+/* The end of the live log. acked: the highest offset that the marks give. */
+static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
+                             const struct kv_file *file, uint64_t acked,
+                             struct kvmeta_error *err)
+{
+    static const char *const wrong[] = {
+        "", "no valid frame header", "frame: body crc", "frame: broken chain"
+    };
+    uint64_t used = run->size;
+
+    acked = kv_max(acked, kv_log_evidence(env, run));
+    if (acked > run->end)
+        return kv_fail_corrupt(err, file, run->end,
+                               "%s, but %llu bytes were acknowledged",
+                               wrong[run->torn_reason],
+                               (unsigned long long)acked);
+    while (used > run->end && run->bytes[used - 1] == 0) used--;
+    run->torn_bytes = used - run->end;
+    if (run->torn_bytes == 0) run->torn_reason = KVMETA_TORN_NONE;
+    return KVMETA_OK;
+}
+
+static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
+                            struct kv_run *run, struct kvmeta_error *err)
+{
+    int rc = kv_file_size(env, file, &run->size, err);
+
+    if (rc) return rc;
+    if (run->size > (uint64_t)UINT32_MAX * 8)
+        return kv_fail_corrupt(err, file, 0, "too large for a log");
+    run->bytes = kv_alloc(env, (size_t)run->size + 1);
+    if (!run->bytes) return kv_fail_memory(err, (size_t)run->size + 1);
+    return kv_file_read(env, file, run->bytes, (size_t)run->size, 0, err);
+}
+
+static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
+                        const struct kv_log_meta *meta, uint64_t acked,
+                        struct kv_run *run, struct kvmeta_error *err)
+{
+    const char *rule;
+    struct kv_frame f;
+    int rc;
+
+    rule = kv_log_head_decode(env, meta->id, run->bytes, run->size,
+                              &run->head);
+    if (rule) return kv_fail_corrupt(err, file, 0, "%s", rule);
+    if (memcmp(run->head.salt, meta->salt, KV_SALT_BYTES) != 0)
+        return kv_fail_corrupt(err, file, 40, "salt is not the manifest's");
+    if (!meta->live && run->size != meta->bytes)
+        return kv_fail_corrupt(err, file, kv_min(run->size, meta->bytes),
+                               "%llu bytes, want %llu",
+                               (unsigned long long)run->size,
+                               (unsigned long long)meta->bytes);
+
+    run->end = kv_log_first(run->head.align);
+    run->last_hcrc = run->head.crc;
+    run->digest = run->head.digest;
+    while (run->end < run->size
+           && kv_run_frame_at(env, run, run->end, &f, &run->torn_reason)) {
+        rc = kv_run_accept(env, run, file, &f, err);
+        if (rc) return rc;
+    }
+    if (meta->live) return kv_run_check_tail(env, run, file, acked, err);
+    if (run->end != meta->bytes || run->last_hcrc != meta->last_hcrc)
+        return kv_fail_corrupt(err, file, run->end,
+                               "sealed log: damaged frame");
+    run->torn_reason = KVMETA_TORN_NONE;
+    return KVMETA_OK;
+}
+
+/* Keys first, then age. */
+static int kv_run_compare(const struct kv_env *env, const unsigned char *bytes,
+                          const struct kv_run_item *a,
+                          const struct kv_run_item *b)
+{
+    int c = 0;
+
+    if (a->head != b->head) return a->head < b->head ? -1 : 1;
+    if (env->shape.tail_bytes)
+        c = memcmp(bytes + (uint64_t)a->place * 8 + KV_ENTRY_BYTES + 8,
+                   bytes + (uint64_t)b->place * 8 + KV_ENTRY_BYTES + 8,
+                   env->shape.tail_bytes);
+    if (c) return c;
+    return a->place < b->place ? -1 : a->place > b->place;
+}
+
+/* Bottom-up merge sort: no recursion, no worst case. */
+static int kv_run_sort(struct kv_env *env, struct kv_run *run,
+                       struct kvmeta_error *err)
+{
+    size_t n = run->count;
+    struct kv_run_item *from = run->items;
+    struct kv_run_item *to;
+
+    if (n < 2) return KVMETA_OK;
+    to = kv_alloc(env, n * sizeof *to);
+    if (!to) return kv_fail_memory(err, n * sizeof *to);
+    for (size_t width = 1; width < n; width *= 2) {
+        struct kv_run_item *swap = from;
+
+        for (size_t start = 0; start < n; start += 2 * width) {
+            size_t i = start;
+            size_t middle = (size_t)kv_min(start + width, n);
+            size_t j = middle;
+            size_t end = (size_t)kv_min(start + 2 * width, n);
+
+            for (size_t k = start; k < end; k++) {
+                bool left = i < middle
+                    && (j == end || kv_run_compare(env, run->bytes, &from[i],
+                                                   &from[j]) < 0);
+
+                to[k] = left ? from[i++] : from[j++];
+            }
+        }
+        from = to;
+        to = swap;
+    }
+    kv_free(env, to);
+    run->items = from;
+    run->cap = n;
+    return KVMETA_OK;
+}
+
+/* Keeps the last entry of each key. */
+static void kv_run_unique(const struct kv_env *env, struct kv_run *run)
+{
+    size_t kept = 0;
+
+    for (size_t i = 0; i < run->count; i++) {
+        const unsigned char *key = run->bytes + (uint64_t)run->items[i].place
+            * 8 + KV_ENTRY_BYTES;
+        const unsigned char *last;
+
+        if (kept > 0) {
+            last = run->bytes + (uint64_t)run->items[kept - 1].place * 8
+                + KV_ENTRY_BYTES;
+            if (memcmp(last, key, env->shape.key_bytes) == 0) kept--;
+        }
+        run->items[kept++] = run->items[i];
+    }
+    run->count = kept;
+}
+
+/*
+ * Reads, checks and sorts the log that `meta` describes. acked: the highest
+ * durable offset of this log that the marks give, 0 for none. *run is to be
+ * freed by the caller, after an error too.
+ */
+static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
+                       uint64_t acked, struct kv_run *run,
+                       struct kvmeta_error *err)
+{
+    struct kv_file file = {0};
+    int rc;
+
+    memset(run, 0, sizeof *run);
+    rc = kv_file_open(env, KV_FILE_LOG, meta->id, 0, &file, err);
+    if (rc == KVMETA_NOT_FOUND)
+        rc = kv_fail_corrupt(err, &file, 0, "listed in the manifest, missing");
+    if (!rc) rc = kv_run_read_file(env, &file, run, err);
+    if (!rc) rc = kv_run_parse(env, &file, meta, acked, run, err);
+    if (!rc) rc = kv_run_sort(env, run, err);
+    if (!rc) kv_run_unique(env, run);
+    kv_file_close(env, &file);
+    return rc;
+}
+
+/* A range of a run as a source. */
+struct kv_run_source {
+    struct kv_source base;
+    const struct kv_env *env;
+    const struct kv_run *run;
+    size_t next;
+    size_t end;
+};
+
+static int kv_run_source_next(struct kv_source *source,
+                              struct kvmeta_error *err)
+{
+    struct kv_run_source *s = (struct kv_run_source *)(void *)source;
+    const struct kv_run_item *item;
+    const unsigned char *entry;
+
+    (void)err;
+    if (s->next == s->end) return KV_END;
+    item = &s->run->items[s->next++];
+    entry = s->run->bytes + (uint64_t)item->place * 8;
+    s->base.head = item->head;
+    s->base.key = entry + KV_ENTRY_BYTES;
+    s->base.value = entry[0] == KV_ENTRY_PUT
+        ? s->base.key + s->env->shape.key_bytes : NULL;
+    return KVMETA_OK;
+}
+
+/* Index of the first item with a key >= `key`. */
+static size_t kv_run_lower_bound(const struct kv_env *env,
+                                 const struct kv_run *run, const void *key)
+{
+    size_t low = 0;
+    size_t high = run->count;
+
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const unsigned char *other = run->bytes
+            + (uint64_t)run->items[middle].place * 8 + KV_ENTRY_BYTES;
+
+        if (memcmp(other, key, env->shape.key_bytes) < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* from <= key < to; NULL: no bound. */
+static void kv_run_source_open(const struct kv_env *env,
+                               const struct kv_run *run, const void *from,
+                               const void *to, struct kv_run_source *s)
+{
+    memset(s, 0, sizeof *s);
+    s->base.next = kv_run_source_next;
+    s->env = env;
+    s->run = run;
+    s->next = from ? kv_run_lower_bound(env, run, from) : 0;
+    s->end = to ? kv_run_lower_bound(env, run, to) : run->count;
+    assert(s->next <= s->end || (from && to));
+    if (s->end < s->next) s->end = s->next;
+}
+
+/* ==========================================================================
+ * Marks
+ *
+ * Two slots in LOCK, written in turn after each sync of the log: evidence of
+ * how far the log was acknowledged and which manifest was the last. A bad or
+ * missing mark is lost evidence, never an error; one of another store is.
+ * ========================================================================== */
+
+enum {
+    KV_MARK_BYTES = 64,
+    KV_MARK_STRIDE = 4096
+};
+
+#define KV_MARK_MAGIC 0x314B52414D4D564Bu /* "KVMMARK1" */
+
+struct kv_mark {
+    uint64_t counter;             /* 0: none was found */
+    uint64_t gen;                 /* of the manifest */
+    uint64_t log_id;
+    uint64_t durable;             /* offset in that log */
+};
+
+static const unsigned char kv_no_salt[KV_SALT_BYTES];
+
+static void kv_mark_encode(const struct kv_env *env, const struct kv_mark *mark,
+                           unsigned char slot[KV_MARK_BYTES])
+{
+    uint32_t seed = kv_crc_file_seed(env, KV_FILE_LOCK, 0, kv_no_salt);
+
+    memset(slot, 0, KV_MARK_BYTES);
+    kv_store_le64(slot, KV_MARK_MAGIC);
+    memcpy(slot + 8, env->uuid, KV_UUID_BYTES);
+    kv_store_le64(slot + 24, mark->counter);
+    kv_store_le64(slot + 32, mark->gen);
+    kv_store_le64(slot + 40, mark->log_id);
+    kv_store_le64(slot + 48, mark->durable);
+    kv_store_le32(slot + 60, kv_crc_add(&env->crc, seed, slot,
+                                        KV_MARK_BYTES - 4));
+}
+
+/* The uuid of the slot counts, not the environment's: *foreign says whether
+ * it is another one. */
+static bool kv_mark_decode(const struct kv_env *env,
+                           const unsigned char slot[KV_MARK_BYTES],
+                           struct kv_mark *mark, bool *foreign)
+{
+    struct kv_env other = {.crc = env->crc};
+    uint32_t seed;
+
+    memcpy(other.uuid, slot + 8, KV_UUID_BYTES);
+    seed = kv_crc_file_seed(&other, KV_FILE_LOCK, 0, kv_no_salt);
+    if (kv_load_le64(slot) != KV_MARK_MAGIC) return false;
+    if (kv_load_le32(slot + 56) != 0) return false;
+    if (kv_crc_add(&env->crc, seed, slot, KV_MARK_BYTES - 4)
+        != kv_load_le32(slot + 60))
+        return false;
+    *foreign = memcmp(other.uuid, env->uuid, KV_UUID_BYTES) != 0;
+    mark->counter = kv_load_le64(slot + 24);
+    mark->gen = kv_load_le64(slot + 32);
+    mark->log_id = kv_load_le64(slot + 40);
+    mark->durable = kv_load_le64(slot + 48);
+    return mark->counter > 0;
+}
+
+/* Reads both slots: *newest (counter 0: none), and the highest acknowledged
+ * offset of log `log_id` that either gives. */
+static int kv_marks_read(struct kv_env *env, const struct kv_file *file,
+                         struct kv_mark marks[2], struct kvmeta_error *err)
+{
+    unsigned char slot[KV_MARK_BYTES];
+    uint64_t bytes;
+    int rc = kv_file_size(env, file, &bytes, err);
+
+    memset(marks, 0, 2 * sizeof *marks);
+    for (unsigned i = 0; i < 2 && !rc; i++) {
+        bool foreign = false;
+
+        if (bytes < i * KV_MARK_STRIDE + KV_MARK_BYTES) break;
+        rc = kv_file_read(env, file, slot, sizeof slot, i * KV_MARK_STRIDE,
+                          err);
+        if (rc) break;
+        if (!kv_mark_decode(env, slot, &marks[i], &foreign))
+            memset(&marks[i], 0, sizeof marks[i]);
+        else if (foreign)
+            rc = kv_fail_corrupt(err, file, i * KV_MARK_STRIDE,
+                                 "mark of another store");
+    }
+    return rc;
+}
+
+static int kv_mark_write(struct kv_env *env, const struct kv_file *file,
+                         const struct kv_mark *mark, struct kvmeta_error *err)
+{
+    unsigned char slot[KV_MARK_BYTES];
+
+    assert(mark->counter > 0);
+    kv_mark_encode(env, mark, slot);
+    return kv_file_write(env, file, slot, sizeof slot,
+                         mark->counter % 2 * KV_MARK_STRIDE, err);
+}
+
+/* ==========================================================================
+ * Manifest
+ *
+ * Says what exists. One image, twice in the file; replaced as a whole by a
+ * swap. Carries (S1): only a swap changes what exists; (S2): a swap returns
+ * OK only when the new manifest, and everything that it names, is on disk.
+ * ========================================================================== */
+
+enum {
+    KV_MANIFEST_VERSION = 1,
+    KV_MANIFEST_HEAD_BYTES = 96,
+    KV_MANIFEST_TABLE_BYTES = 56,
+    KV_MANIFEST_LOG_BYTES = 40,
+    KV_MANIFEST_END_BYTES = 8,
+    KV_MANIFEST_STRIDE = 4096,
+    KV_MANIFEST_BYTES_MAX = 1 << 20,
+    KV_MANIFEST_LOGS_MAX = 32,
+    KV_LOG_STATE_LIVE = 1,
+    KV_LOG_STATE_SEALED = 2
+};
+
+#define KV_MANIFEST_MAGIC 0x314E414D4D564B00u /* "\0KVMMAN1" */
+
+_Static_assert(KV_LOGS_WAITING_MAX + 2 <= KV_MANIFEST_LOGS_MAX,
+               "the backlog, the live log and its successor must fit");
+_Static_assert(KV_MANIFEST_HEAD_BYTES + KV_TABLES_MAX * KV_MANIFEST_TABLE_BYTES
+               + KV_MANIFEST_LOGS_MAX * KV_MANIFEST_LOG_BYTES
+               + KV_MANIFEST_END_BYTES <= KV_MANIFEST_BYTES_MAX,
+               "a full manifest must be readable");
+
+struct kv_manifest {
+    uint64_t gen;
+    uint64_t next_id;
+    uint64_t seq;                 /* last commit in the tables */
+    struct kvmeta_digest digest;  /* of the records of all tables */
+    struct kv_table_meta *tables; /* oldest first */
+    size_t tables_count;
+    struct kv_log_meta logs[KV_MANIFEST_LOGS_MAX]; /* oldest first */
+    size_t logs_count;
+};
+
+static void kv_manifest_free(struct kv_env *env, struct kv_manifest *m)
+{
+    kv_free(env, m->tables);
+    memset(m, 0, sizeof *m);
+}
+
+/* A copy with room for one more table. */
+static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
+                            struct kv_manifest *out, struct kvmeta_error *err)
+{
+    size_t bytes = (from->tables_count + 1) * sizeof *from->tables;
+    struct kv_table_meta *tables = kv_alloc(env, bytes);
+
+    if (!tables) return kv_fail_memory(err, bytes);
+    *out = *from;
+    out->tables = tables;
+    if (from->tables_count)
+        memcpy(tables, from->tables, from->tables_count * sizeof *tables);
+    return KVMETA_OK;
+}
+
+static const struct kv_log_meta *kv_manifest_live(const struct kv_manifest *m)
+{
+    if (m->logs_count == 0) return NULL;
+    return m->logs[m->logs_count - 1].live ? &m->logs[m->logs_count - 1] : NULL;
+}
+
+static size_t kv_manifest_image_bytes(size_t tables, size_t logs)
+{
+    return KV_MANIFEST_HEAD_BYTES + tables * KV_MANIFEST_TABLE_BYTES
+        + logs * KV_MANIFEST_LOG_BYTES + KV_MANIFEST_END_BYTES;
+}
+
+static void kv_manifest_encode_table(const struct kv_table_meta *t,
+                                     unsigned char *p)
+{
+    kv_store_le64(p, t->id);
+    kv_store_le64(p + 8, t->bytes);
+    kv_store_le64(p + 16, t->records);
+    kv_store_le64(p + 24, t->tombstones);
+    kv_store_le64(p + 32, t->seq_first);
+    kv_store_le64(p + 40, t->seq_last);
+    kv_store_le32(p + 48, t->footer_crc);
+}
+
+static void kv_manifest_decode_table(const unsigned char *p,
+                                     struct kv_table_meta *t)
+{
+    memset(t, 0, sizeof *t);
+    t->id = kv_load_le64(p);
+    t->bytes = kv_load_le64(p + 8);
+    t->records = kv_load_le64(p + 16);
+    t->tombstones = kv_load_le64(p + 24);
+    t->seq_first = kv_load_le64(p + 32);
+    t->seq_last = kv_load_le64(p + 40);
+    t->footer_crc = kv_load_le32(p + 48);
+}
+
+static void kv_manifest_encode_log(const struct kv_log_meta *l,
+                                   unsigned char *p)
+{
+    kv_store_le64(p, l->id);
+    memcpy(p + 8, l->salt, KV_SALT_BYTES);
+    kv_store_le32(p + 24, l->live ? KV_LOG_STATE_LIVE : KV_LOG_STATE_SEALED);
+    kv_store_le32(p + 28, l->last_hcrc);
+    kv_store_le64(p + 32, l->bytes);
+}
+
+static void kv_manifest_decode_log(const unsigned char *p,
+                                   struct kv_log_meta *l)
+{
+    memset(l, 0, sizeof *l);
+    l->id = kv_load_le64(p);
+    memcpy(l->salt, p + 8, KV_SALT_BYTES);
+    l->live = kv_load_le32(p + 24) == KV_LOG_STATE_LIVE;
+    l->last_hcrc = kv_load_le32(p + 28);
+    l->bytes = kv_load_le64(p + 32);
+}
+
+/* image: kv_manifest_image_bytes, zeroed. */
+static void kv_manifest_encode(const struct kv_env *env,
+                               const struct kv_manifest *m,
+                               unsigned char *image)
+{
+    size_t bytes = kv_manifest_image_bytes(m->tables_count, m->logs_count);
+    uint32_t seed = kv_crc_file_seed(env, KV_FILE_MANIFEST, 0, kv_no_salt);
+    unsigned char *p = image + KV_MANIFEST_HEAD_BYTES;
+
+    kv_store_le64(image, KV_MANIFEST_MAGIC);
+    kv_store_le32(image + 8, KV_MANIFEST_VERSION);
+    kv_store_le32(image + 12, (uint32_t)bytes);
+    memcpy(image + 16, env->uuid, KV_UUID_BYTES);
+    kv_store_le64(image + 32, m->gen);
+    kv_store_le64(image + 40, m->next_id);
+    kv_store_le64(image + 48, m->seq);
+    kv_store_le64(image + 56, m->digest.lo);
+    kv_store_le64(image + 64, m->digest.hi);
+    kv_store_le32(image + 72, env->shape.key_bytes);
+    kv_store_le32(image + 76, env->shape.value_bytes);
+    kv_store_le32(image + 80, (uint32_t)m->tables_count);
+    kv_store_le32(image + 84, (uint32_t)m->logs_count);
+    for (size_t i = 0; i < m->tables_count; i++, p += KV_MANIFEST_TABLE_BYTES)
+        kv_manifest_encode_table(&m->tables[i], p);
+    for (size_t i = 0; i < m->logs_count; i++, p += KV_MANIFEST_LOG_BYTES)
+        kv_manifest_encode_log(&m->logs[i], p);
+    assert(p + KV_MANIFEST_END_BYTES == image + bytes);
+    kv_store_le32(p + 4, kv_crc_add(&env->crc, seed, image, bytes - 4));
+}
+
+/* The length of the image at `image`, of which `room` bytes are there; 0 when
+ * there is no valid one. Sums are seeded by the image's own uuid: what it
+ * belongs to is known only after this. */
+static size_t kv_manifest_image_at(const struct kv_env *env,
+                                   const unsigned char *image, size_t room)
+{
+    struct kv_env other = {.crc = env->crc};
+    uint32_t seed;
+    size_t bytes;
+
+    if (room < kv_manifest_image_bytes(0, 0)) return 0;
+    if (kv_load_le64(image) != KV_MANIFEST_MAGIC) return 0;
+    bytes = kv_load_le32(image + 12);
+    if (bytes < kv_manifest_image_bytes(0, 0) || bytes > room) return 0;
+    memcpy(other.uuid, image + 16, KV_UUID_BYTES);
+    seed = kv_crc_file_seed(&other, KV_FILE_MANIFEST, 0, kv_no_salt);
+    if (kv_crc_add(&env->crc, seed, image, bytes - 4)
+        != kv_load_le32(image + bytes - 4))
+        return 0;
+    return bytes;
+}
+
+/* Fills in *m and the uuid of the environment from a valid image. */
+static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
+                              const unsigned char *image, size_t bytes,
+                              struct kv_manifest *m, struct kvmeta_error *err)
+{
+    const unsigned char *p = image + KV_MANIFEST_HEAD_BYTES;
+    uint32_t key_bytes = kv_load_le32(image + 72);
+    uint32_t value_bytes = kv_load_le32(image + 76);
+    size_t tables = kv_load_le32(image + 80);
+    size_t logs = kv_load_le32(image + 84);
+
+    if (kv_load_le32(image + 8) != KV_MANIFEST_VERSION)
+        return kv_fail(err, KVMETA_E_VERSION, 0,
+                       "MANIFEST: format %u, this code knows %u",
+                       (unsigned)kv_load_le32(image + 8),
+                       (unsigned)KV_MANIFEST_VERSION);
+    if (key_bytes != env->shape.key_bytes
+        || value_bytes != env->shape.value_bytes)
+        return kv_fail(err, KVMETA_E_MISMATCH, 0,
+                       "MANIFEST: the store has keys of %u and values of %u "
+                       "bytes, not %u and %u", (unsigned)key_bytes,
+                       (unsigned)value_bytes, (unsigned)env->shape.key_bytes,
+                       (unsigned)env->shape.value_bytes);
+    if (tables > KV_TABLES_MAX || logs > KV_MANIFEST_LOGS_MAX
+        || bytes != kv_manifest_image_bytes(tables, logs))
+        return kv_fail_corrupt(err, file, 80, "manifest: counts");
+
+    m->tables = kv_alloc_zeroed(env, (tables + 1) * sizeof *m->tables);
+    if (!m->tables)
+        return kv_fail_memory(err, (tables + 1) * sizeof *m->tables);
+    memcpy(env->uuid, image + 16, KV_UUID_BYTES);
+    m->gen = kv_load_le64(image + 32);
+    m->next_id = kv_load_le64(image + 40);
+    m->seq = kv_load_le64(image + 48);
+    m->digest.lo = kv_load_le64(image + 56);
+    m->digest.hi = kv_load_le64(image + 64);
+    m->tables_count = tables;
+    m->logs_count = logs;
+    for (size_t i = 0; i < tables; i++, p += KV_MANIFEST_TABLE_BYTES)
+        kv_manifest_decode_table(p, &m->tables[i]);
+    for (size_t i = 0; i < logs; i++, p += KV_MANIFEST_LOG_BYTES)
+        kv_manifest_decode_log(p, &m->logs[i]);
+    return KVMETA_OK;
+}
+
+/* Rules that any manifest of ours keeps; returns the broken one, or NULL. */
+static const char *kv_manifest_check(const struct kv_manifest *m)
+{
+    uint64_t seq = 0;
+
+    if (m->gen < 1) return "S3: generation";
+    for (size_t i = 0; i < m->tables_count; i++) {
+        const struct kv_table_meta *t = &m->tables[i];
+
+        if (t->id >= m->next_id) return "S4: table id";
+        if (t->records < 1 || t->tombstones > t->records)
+            return "S5: table counts";
+        if (i > 0 && t->seq_first <= seq) return "S6: table order";
+        if (t->seq_last < t->seq_first) return "S6: table order";
+        seq = t->seq_last;
+    }
+    if (m->seq < seq) return "S6: table order";
+    for (size_t i = 0; i < m->logs_count; i++) {
+        const struct kv_log_meta *l = &m->logs[i];
+
+        if (l->id >= m->next_id) return "S7: log id";
+        if (i > 0 && l->id <= m->logs[i - 1].id) return "S8: log order";
+        if (l->live && i + 1 < m->logs_count) return "S9: two live logs";
+    }
+    return NULL;
+}
+
+/* Finds the two copies in the file. *healed: one of them is damaged. */
+static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
+                            const unsigned char *bytes, size_t size,
+                            struct kv_manifest *m, bool *healed,
+                            struct kvmeta_error *err)
+{
+    size_t found[2] = {0, 0};
+    size_t length[2] = {0, 0};
+    unsigned copies = 0;
+
+    for (size_t at = 0; at < size && copies < 2; at += KV_MANIFEST_STRIDE) {
+        size_t n = kv_manifest_image_at(env, bytes + at, size - at);
+
+        if (n == 0) continue;
+        found[copies] = at;
+        length[copies++] = n;
+    }
+    if (copies == 0)
+        return kv_fail_corrupt(err, file, 0, "manifest: both copies damaged");
+    if (copies == 2 && (length[0] != length[1]
+                        || memcmp(bytes + found[0], bytes + found[1],
+                                  length[0]) != 0))
+        return kv_fail_corrupt(err, file, found[1],
+                               "manifest: the two copies differ");
+    *healed = copies == 1;
+    return kv_manifest_decode(env, file, bytes + found[0], length[0], m, err);
+}
+
+/* KVMETA_NOT_FOUND where there is no manifest. */
+static int kv_manifest_read(struct kv_env *env, struct kv_manifest *m,
+                            bool *healed, struct kvmeta_error *err)
+{
+    struct kv_file file = {0};
+    unsigned char *bytes = NULL;
+    const char *rule;
+    uint64_t size = 0;
+    int rc;
+
+    rc = kv_file_open(env, KV_FILE_MANIFEST, 0, 0, &file, err);
+    if (rc) return rc;
+    rc = kv_file_size(env, &file, &size, err);
+    if (rc) goto done;
+    if (size > 2 * (uint64_t)KV_MANIFEST_BYTES_MAX) {
+        rc = kv_fail_corrupt(err, &file, size, "manifest: too large");
+        goto done;
+    }
+    bytes = kv_alloc(env, (size_t)size + 1);
+    if (!bytes) {
+        rc = kv_fail_memory(err, (size_t)size + 1);
+        goto done;
+    }
+    rc = kv_file_read(env, &file, bytes, (size_t)size, 0, err);
+    if (!rc)
+        rc = kv_manifest_pick(env, &file, bytes, (size_t)size, m, healed, err);
+    if (rc) goto done;
+    rule = kv_manifest_check(m);
+    if (rule) rc = kv_fail_corrupt(err, &file, 0, "manifest: %s", rule);
+done:
+    kv_free(env, bytes);
+    kv_file_close(env, &file);
+    return rc;
+}
+
+static int kv_manifest_write_tmp(struct kv_env *env,
+                                 const struct kv_manifest *m,
+                                 struct kv_file *file,
+                                 struct kvmeta_error *err)
+{
+    size_t bytes = kv_manifest_image_bytes(m->tables_count, m->logs_count);
+    size_t second = (size_t)kv_align_up(bytes, KV_MANIFEST_STRIDE);
+    unsigned char *image = kv_alloc_zeroed(env, second + bytes);
+    int rc;
+
+    if (!image) return kv_fail_memory(err, second + bytes);
+    kv_manifest_encode(env, m, image);
+    memcpy(image + second, image, bytes);
+    rc = kv_file_unlink(env, KV_FILE_MANIFEST_TMP, 0, err);
+    if (!rc)
+        rc = kv_file_open(env, KV_FILE_MANIFEST_TMP, 0, KVMETA_VFS_WRITE
+                          | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL, file, err);
+    if (!rc) rc = kv_file_write(env, file, image, second + bytes, 0, err);
+    if (!rc && !KV_MUTANT(5)) rc = kv_file_sync(env, file, err);
+    kv_free(env, image);
+    return rc;
+}
+
+/*
+ * Makes `m` the manifest on disk. *renamed: whether the old one may be gone:
+ * an error then leaves it open which of the two the next open finds, and the
+ * caller must not write on.
+ */
+static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
+                             bool *renamed, struct kvmeta_error *err)
+{
+    struct kv_file file = {0};
+    char from[KV_NAME_BYTES];
+    char to[KV_NAME_BYTES];
+    int rc;
+
+    assert(kv_manifest_check(m) == NULL);
+    *renamed = false;
+    kv_file_name(KV_FILE_MANIFEST_TMP, 0, from);
+    kv_file_name(KV_FILE_MANIFEST, 0, to);
+    rc = kv_manifest_write_tmp(env, m, &file, err);
+    kv_file_close(env, &file);
+    if (rc) {
+        (void)kv_file_unlink(env, KV_FILE_MANIFEST_TMP, 0, NULL);
+        return rc;
+    }
+    *renamed = true;
+    rc = env->vfs->rename(env->vfs->user, env->dir, from, to);
+    if (rc)
+        return kv_fail(err, KVMETA_E_IO, rc, "MANIFEST: rename: error %d", rc);
+    return KV_MUTANT(6) ? KVMETA_OK : kv_dir_sync(env, err);
+}
+
+/* ==========================================================================
+ * The store
+ *
+ * What a handle holds, by who may touch it, and the small things that every
+ * section below needs: failing for good, swapping the manifest, ids.
+ * Lock order: job, commit right, swap, mark, state. No lock is held over
+ * log_fn; state and queue are never held over I/O.
+ * ========================================================================== */
+
+enum {
+    KV_MARK_SYNC_NS = 100 * 1000 * 1000,
+    KV_RETRY_NS = 200 * 1000 * 1000,
+    KV_IN_PLACE_MAX = 128,        /* changes made while readers wait */
+    KV_GROUP_BYTES_MAX = 4 << 20,
+    KV_LOG_FRAME_BYTES_MAX = INT32_MAX
+};
+
+/* One caller's batch, on the caller's stack. */
+struct kv_request {
+    const struct kvmeta_op *ops;
+    size_t n;
+    size_t changes;               /* operations that are not EXPECT */
+    unsigned durability;
+    bool exclusive;               /* wants the commit right, for itself */
+    void *previous;               /* value_bytes, or NULL: of the last op */
+    bool found;                   /* the last op met a record */
+    bool changed;                 /* something was logged for it */
+    bool queued;
+    bool lead;                    /* the right has been handed over */
+    bool done;
+    int rc;
+    uint64_t seq;
+    struct kv_request *next;
+    pthread_cond_t wake;          /* made only when it must wait */
+};
+
+struct kv_counters {
+    _Atomic uint64_t user_bytes;
+    _Atomic uint64_t bytes_logged;
+    _Atomic uint64_t commits;
+    _Atomic uint64_t groups;
+    _Atomic uint64_t group_commits_max;
+    _Atomic uint64_t syncs;
+    _Atomic uint64_t rotations;
+    _Atomic uint64_t flushes;
+    _Atomic uint64_t merges;
+    _Atomic uint64_t full_compactions;
+    _Atomic uint64_t heals;
+    _Atomic uint64_t stalls;
+    _Atomic uint64_t stall_us;
+    _Atomic uint64_t background_errors;
+    _Atomic uint64_t leader_handovers;
+};
+
+struct kvmeta {
+    /* Fixed after open. */
+    void *memory;                   /* what holds this struct */
+    struct kv_env env;
+    struct kvmeta_options options;  /* defaults filled in */
+    struct kv_file lock;
+    bool locks_made;
+    bool has_thread;
+    pthread_t thread;
+    struct kvmeta_stats found;      /* open_*: what recovery saw */
+
+    /* Has its own synchronisation. */
+    struct kv_tree tree;
+    struct kv_counters counters;
+    _Atomic int failed;             /* code that made writing stop, or 0 */
+    _Atomic bool stopping;
+    _Atomic bool backlogged;        /* writers must wait for the background */
+    _Atomic bool mark_dirty;        /* written since LOCK was synced */
+    _Atomic uint64_t log_end;       /* of the live log, for the background */
+    _Atomic uint64_t durable_seq;
+    _Atomic bool unsynced;          /* commits are not yet durable */
+
+    /* Queue lock: the queue and who has the commit right. */
+    pthread_mutex_t queue_lock;
+    struct kv_request *queue_first;
+    struct kv_request *queue_last;
+    size_t queue_count;
+    size_t last_group;              /* requests that shared the last sync */
+    bool leading;
+
+    /* The commit right: */
+    struct kv_log log;
+    struct kv_log_buffer buffer;
+
+    /* Job lock: one step of background work at a time; the open tables. */
+    pthread_mutex_t job_lock;
+    struct kv_table *tables;        /* as manifest.tables, open */
+    size_t tables_count;
+    size_t tables_cap;
+    uint64_t tables_seq;            /* as manifest.seq */
+    struct kvmeta_digest tables_digest;
+    bool compaction_stopped;        /* a merge did not balance */
+    uint64_t background_synced;     /* offset of the live log, see log_sync */
+
+    /* Swap lock: held over the I/O of a swap. */
+    pthread_mutex_t swap_lock;
+
+    /* Mark lock: held over the write of a mark. */
+    pthread_mutex_t mark_lock;
+    struct kv_mark mark;
+
+    /* State lock: short; also what the background waits on. */
+    pthread_mutex_t state_lock;
+    pthread_cond_t work;            /* there may be something to do */
+    pthread_cond_t progress;        /* a step has ended */
+    struct kv_manifest manifest;    /* changed with the swap lock held, too */
+    uint64_t next_id;
+    struct kv_log prepared;         /* file not open: none */
+    uint64_t log_syncing;           /* id of the log that a job syncs, or 0 */
+    struct kv_file log_retired;     /* its file, to be closed by that job */
+    bool flush_wanted;
+    bool full_wanted;
+    bool heal_wanted;
+    bool busy;                      /* a step runs */
+    uint64_t dirty_since_ns;        /* mark */
+    uint64_t unsynced_since_ns;
+    uint64_t retry_ns;              /* no step before, after an error */
+    struct kvmeta_error failed_error;
+    struct kvmeta_error background_error;
+};
+
+static uint64_t kv_now(const struct kvmeta *db)
+{
+    return db->env.vfs->clock_ns(db->env.vfs->user);
+}
+
+static bool kv_forked(const struct kvmeta *db)
+{
+    return db->env.vfs->process_id(db->env.vfs->user) != db->env.process_id;
+}
+
+/* Results after which the same call may succeed later: nothing is broken. */
+static bool kv_passing(int rc)
+{
+    return rc >= 0 || rc == KVMETA_E_NOSPACE || rc == KVMETA_E_NOMEM
+        || rc == KVMETA_E_LIMIT;
+}
+
+/* A write failed, and what is on disk is unknown: no more writing. The first
+ * reason stays. */
+static void kv_store_fail(struct kvmeta *db, const struct kvmeta_error *err)
+{
+    bool first;
+
+    assert(err->code < 0);
+    pthread_mutex_lock(&db->state_lock);
+    first = db->failed == KVMETA_OK;
+    if (first) {
+        db->failed_error = *err;
+        db->failed = err->code;
+    }
+    pthread_cond_broadcast(&db->progress);
+    pthread_mutex_unlock(&db->state_lock);
+    if (first)
+        kv_log(&db->env, KVMETA_LOG_ERROR, "writes stopped: %s", err->message);
+}
+
+/* Fails the store for good unless the error is a passing one. */
+static int kv_store_judge(struct kvmeta *db, int rc,
+                          const struct kvmeta_error *err)
+{
+    if (!kv_passing(rc)) kv_store_fail(db, err);
+    return rc;
+}
+
+static uint64_t kv_store_new_id(struct kvmeta *db)
+{
+    uint64_t id;
+
+    pthread_mutex_lock(&db->state_lock);
+    id = db->next_id++;
+    pthread_mutex_unlock(&db->state_lock);
+    return id;
+}
+
+static void kv_store_wake(struct kvmeta *db)
+{
+    pthread_mutex_lock(&db->state_lock);
+    pthread_cond_signal(&db->work);
+    pthread_mutex_unlock(&db->state_lock);
+}
+
+/* Writes a mark. log_id 0: what is known of the log stays as it is. */
+static int kv_store_mark(struct kvmeta *db, uint64_t gen, uint64_t log_id,
+                         uint64_t durable, struct kvmeta_error *err)
+{
+    struct kv_mark mark;
+    int rc;
+
+    pthread_mutex_lock(&db->mark_lock);
+    mark = db->mark;
+    mark.counter++;
+    if (gen) mark.gen = gen;
+    if (log_id) {
+        mark.log_id = log_id;
+        mark.durable = durable;
+    }
+    rc = kv_mark_write(&db->env, &db->lock, &mark, err);
+    db->mark = mark;
+    pthread_mutex_unlock(&db->mark_lock);
+    if (rc == KVMETA_E_NOSPACE) return KVMETA_OK;   /* lost evidence only */
+    return rc;
+}
+
+/*
+ * Replaces the manifest by `next`, which the caller has made from a copy
+ * while it held the swap lock, and holds still. Takes next over in any case.
+ * live: the log that is live afterwards, or NULL.
+ *
+ * OK: `next` is on disk and in db->manifest. An error with *undone: nothing
+ * changed. An error without: the store has failed, and either of the two
+ * manifests may be found by the next open, so no file may be unlinked.
+ */
+static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
+                         const struct kv_log *live, bool *undone,
+                         struct kvmeta_error *err)
+{
+    struct kvmeta_error mark_err = {0};
+    struct kv_manifest old;
+    bool renamed = false;
+    int rc;
+
+    pthread_mutex_lock(&db->state_lock);
+    next->next_id = db->next_id;
+    pthread_mutex_unlock(&db->state_lock);
+    next->gen = db->manifest.gen + 1;
+    KV_SCHED_POINT("swap");
+    rc = kv_manifest_store(&db->env, next, &renamed, err);
+    *undone = !renamed;
+    if (rc) {
+        kv_manifest_free(&db->env, next);
+        if (renamed || !kv_passing(rc)) kv_store_fail(db, err);
+        return rc;
+    }
+    pthread_mutex_lock(&db->state_lock);
+    old = db->manifest;
+    db->manifest = *next;
+    pthread_mutex_unlock(&db->state_lock);
+    memset(next, 0, sizeof *next);
+    kv_manifest_free(&db->env, &old);
+
+    rc = kv_store_mark(db, db->manifest.gen, live ? live->head.id : 0,
+                       live ? live->durable : 0, &mark_err);
+    if (!rc && !KV_MUTANT(7)) rc = kv_file_sync(&db->env, &db->lock, &mark_err);
+    if (rc) kv_store_fail(db, &mark_err);
+    return KVMETA_OK;
+}
+
+/* ==========================================================================
+ * Commit right
+ *
+ * One caller at a time may change the tree and write to the log: the leader.
+ * The others queue; the leader commits their batches with its own, and then
+ * hands the right to the first that is left. Carries (C1): whoever has the
+ * right gives it on exactly once.
+ * ========================================================================== */
+
+static void kv_queue_push(struct kvmeta *db, struct kv_request *r)
+{
+    r->next = NULL;
+    if (db->queue_last)
+        db->queue_last->next = r;
+    else
+        db->queue_first = r;
+    db->queue_last = r;
+    db->queue_count++;
+}
+
+static struct kv_request *kv_queue_pop(struct kvmeta *db)
+{
+    struct kv_request *r = db->queue_first;
+
+    assert(r);
+    assert(db->queue_count > 0);
+    db->queue_first = r->next;
+    if (!db->queue_first) db->queue_last = NULL;
+    db->queue_count--;
+    r->next = NULL;
+    return r;
+}
+
+/* Returns with the right (true), or after another leader has done the work
+ * of the request (false). */
+static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
+{
+    bool lead = true;
+
+    pthread_mutex_lock(&db->queue_lock);
+    if (!db->leading) {
+        db->leading = true;
+    } else {
+        pthread_cond_init(&r->wake, NULL);
+        kv_queue_push(db, r);
+        while (!r->done && !r->lead)
+            pthread_cond_wait(&r->wake, &db->queue_lock);
+        pthread_cond_destroy(&r->wake);
+        lead = r->lead;
+        assert(lead != r->done);
+        if (lead) db->counters.leader_handovers++;
+    }
+    pthread_mutex_unlock(&db->queue_lock);
+    return lead;
+}
+
+/* Ends the requests of a group, whose first one is the caller's own, and
+ * hands the right on. */
+static void kv_right_give(struct kvmeta *db, struct kv_request *group)
+{
+    struct kv_request *r = group ? group->next : NULL;
+
+    pthread_mutex_lock(&db->queue_lock);
+    assert(db->leading);
+    while (r) {
+        struct kv_request *next = r->next;
+
+        r->done = true;           /* its memory may be gone after unlock */
+        pthread_cond_signal(&r->wake);
+        r = next;
+    }
+    if (db->queue_first) {
+        r = kv_queue_pop(db);
+        r->lead = true;
+        pthread_cond_signal(&r->wake);
+    } else {
+        db->leading = false;
+    }
+    pthread_mutex_unlock(&db->queue_lock);
+}
+
+/* ==========================================================================
+ * Rotation
+ *
+ * Seals the live log and, if wanted, begins its successor, in one swap. The
+ * caller has the commit right. Carries (O1): sync the old log, then create
+ * and sync the new one, then swap, then append.
+ * ========================================================================== */
+
+/* Writes what is pending, cuts the log to its length and syncs it. */
+static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_log *log = &db->log;
+    int rc = KVMETA_OK;
+
+    if (db->buffer.entries > 0)
+        rc = kv_log_write(&db->env, log, &db->buffer,
+                          kv_tree_current(&db->tree)->digest, true, err);
+    if (!rc && log->size > log->end) {
+        rc = kv_file_truncate(&db->env, &log->file, log->end, err);
+        if (!rc) log->size = log->end;
+    }
+    if (!rc && !KV_MUTANT(8)) rc = kv_log_sync(&db->env, log, err);
+    if (!rc) {
+        db->durable_seq = kv_tree_current(&db->tree)->seq;
+        db->unsynced = false;
+    }
+    return rc;
+}
+
+/* A log with its header on disk: the prepared one, or a new one. */
+static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
+                             struct kvmeta_error *err)
+{
+    const struct kv_version *now = kv_tree_current(&db->tree);
+    struct kv_log log;
+    int rc = KVMETA_OK;
+
+    pthread_mutex_lock(&db->state_lock);
+    log = db->prepared;
+    memset(&db->prepared, 0, sizeof db->prepared);
+    pthread_mutex_unlock(&db->state_lock);
+    if (!log.file.open)
+        rc = kv_log_create(&db->env, kv_store_new_id(db), 0, &log, err);
+    if (rc) return rc;
+    rc = kv_log_begin(&db->env, &log, db->options.log_align, now->seq + 1,
+                      now->digest, err);
+    if (rc) {
+        kv_file_close(&db->env, &log.file);
+        (void)kv_file_unlink(&db->env, KV_FILE_LOG, log.head.id, NULL);
+        return rc;
+    }
+    *out = log;
+    return KVMETA_OK;
+}
+
+/* The manifest after the rotation. *drop: the old log holds no frame. */
+static int kv_rotate_manifest(struct kvmeta *db, const struct kv_log *old,
+                              const struct kv_log *new,
+                              struct kv_manifest *next,
+                              struct kvmeta_error *err)
+{
+    int rc = kv_manifest_copy(&db->env, &db->manifest, next, err);
+    struct kv_log_meta *l;
+
+    if (rc) return rc;
+    if (old->file.open) {
+        assert(kv_manifest_live(next));
+        l = &next->logs[next->logs_count - 1];
+        assert(l->id == old->head.id);
+        l->live = false;
+        l->bytes = old->end;
+        l->last_hcrc = old->prev;
+        if (old->end == kv_log_first(old->head.align)) next->logs_count--;
+    }
+    if (!new->file.open) return KVMETA_OK;
+    if (next->logs_count == KV_MANIFEST_LOGS_MAX) {
+        kv_manifest_free(&db->env, next);
+        return kv_fail(err, KVMETA_E_LIMIT, 0, "too many logs wait");
+    }
+    l = &next->logs[next->logs_count++];
+    memset(l, 0, sizeof *l);
+    l->id = new->head.id;
+    memcpy(l->salt, new->head.salt, KV_SALT_BYTES);
+    l->live = true;
+    return KVMETA_OK;
+}
+
+/* Closes the old log's file, or leaves that to a sync that still runs. */
+static void kv_rotate_retire(struct kvmeta *db, struct kv_log *old)
+{
+    bool empty;
+
+    if (!old->file.open) return;
+    empty = old->end == kv_log_first(old->head.align);
+    pthread_mutex_lock(&db->state_lock);
+    if (db->log_syncing == old->head.id) {
+        assert(!db->log_retired.open);
+        db->log_retired = old->file;
+        old->file.open = false;
+    }
+    pthread_mutex_unlock(&db->state_lock);
+    kv_file_close(&db->env, &old->file);
+    if (empty) (void)kv_file_unlink(&db->env, KV_FILE_LOG, old->head.id, NULL);
+}
+
+static int kv_rotate_switch(struct kvmeta *db, struct kv_log *new,
+                            bool *undone, struct kvmeta_error *err)
+{
+    struct kv_manifest next = {0};
+    int rc;
+
+    *undone = true;
+    pthread_mutex_lock(&db->swap_lock);
+    rc = kv_rotate_manifest(db, &db->log, new, &next, err);
+    if (!rc)
+        rc = kv_store_swap(db, &next, new->file.open ? new : NULL, undone,
+                           err);
+    pthread_mutex_unlock(&db->swap_lock);
+    return rc;
+}
+
+/* successor: begin a new log. Without a live log and without a successor
+ * there is nothing to do. After a passing error the old log goes on. */
+static int kv_rotate(struct kvmeta *db, bool successor,
+                     struct kvmeta_error *err)
+{
+    struct kv_log new = {0};
+    struct kv_log old;
+    bool undone = true;
+    int rc = KVMETA_OK;
+
+    if (!db->log.file.open && !successor) return KVMETA_OK;
+    if (db->log.file.open) rc = kv_rotate_end_log(db, err);
+    if (!rc && successor) rc = kv_rotate_new_log(db, &new, err);
+    if (!rc) rc = kv_rotate_switch(db, &new, &undone, err);
+    if (rc) {
+        kv_file_close(&db->env, &new.file);
+        if (undone && new.head.id)
+            (void)kv_file_unlink(&db->env, KV_FILE_LOG, new.head.id, NULL);
+        return kv_store_judge(db, rc, err);
+    }
+    old = db->log;
+    db->log = new;
+    db->log_end = new.end;
+    kv_log_buffer_clear(&db->buffer);
+    kv_rotate_retire(db, &old);
+    if (old.head.id) db->counters.rotations++;
+    kv_store_wake(db);
+    return KVMETA_OK;
+}
+
+/* ==========================================================================
+ * Flush and compaction
+ *
+ * The steps of the background work; each is one function that does it all or
+ * changes nothing. Called with the job lock held, by the worker or by the
+ * host. Carries (F1): files that a swap dropped are unlinked after it; a new
+ * table that no swap has named is unlinked, unless the swap may have named
+ * it; (F2): the records of the tables always sum up to manifest.digest.
+ * ========================================================================== */
+
+static void kv_job_init(struct kvmeta *db, struct kv_job *job)
+{
+    memset(job, 0, sizeof *job);
+    job->env = &db->env;
+    job->zstd_level = db->options.zstd_level;
+    job->stop = &db->stopping;
+    job->bytes_per_s = db->options.compaction_bytes_per_s;
+}
+
+/* Unlinks what a swap dropped. A failure leaves garbage for the next open. */
+static void kv_job_unlink(struct kvmeta *db, int kind, uint64_t id)
+{
+    struct kvmeta_error err;
+
+    if (kv_file_unlink(&db->env, kind, id, &err))
+        kv_log(&db->env, KVMETA_LOG_WARNING, "%s", err.message);
+}
+
+/* A table for which no manifest speaks: remove it, if that is sure. */
+static void kv_job_discard(struct kvmeta *db, struct kv_table *table,
+                           bool undone)
+{
+    uint64_t id = table->meta.id;
+
+    kv_table_close(&db->env, table);
+    if (id && undone) kv_job_unlink(db, KV_FILE_TABLE, id);
+}
+
+/*
+ * Swaps in what a job made: the tables [first, last) are replaced by `table`
+ * (no records: by nothing), and all logs with an id up to logs_up_to go. Then
+ * unlinks what is gone. seq, digest: of the new table set.
+ */
+static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
+                          struct kv_table *table, uint64_t logs_up_to,
+                          uint64_t seq, struct kvmeta_digest digest,
+                          struct kvmeta_error *err)
+{
+    struct kv_manifest next = {0};
+    struct kv_log_meta gone[KV_MANIFEST_LOGS_MAX];
+    size_t add = table->meta.records > 0;
+    size_t count = db->tables_count;
+    size_t gone_count = 0;
+    size_t kept = 0;
+    bool undone = true;
+    int rc;
+
+    assert(first <= last);
+    assert(last <= count);
+    rc = kv_grow(&db->env, (void **)&db->tables, &db->tables_cap, count + 1,
+                 sizeof *db->tables, err);
+    if (!rc && add && !KV_MUTANT(9)) rc = kv_dir_sync(&db->env, err);
+    pthread_mutex_lock(&db->swap_lock);
+    if (!rc) rc = kv_manifest_copy(&db->env, &db->manifest, &next, err);
+    if (!rc) {
+        memmove(&next.tables[first + add], &next.tables[last],
+                (count - last) * sizeof *next.tables);
+        if (add) next.tables[first] = table->meta;
+        next.tables_count = count - (last - first) + add;
+        for (size_t i = 0; i < next.logs_count; i++) {
+            if (next.logs[i].id <= logs_up_to)
+                gone[gone_count++] = next.logs[i];
+            else
+                next.logs[kept++] = next.logs[i];
+        }
+        next.logs_count = kept;
+        next.seq = seq;
+        next.digest = digest;
+        rc = kv_store_swap(db, &next, NULL, &undone, err);
+    }
+    pthread_mutex_unlock(&db->swap_lock);
+    if (rc) {
+        kv_job_discard(db, table, undone);
+        return rc;
+    }
+
+    for (size_t i = first; i < last; i++) {
+        uint64_t id = db->tables[i].meta.id;
+
+        kv_table_close(&db->env, &db->tables[i]);
+        kv_job_unlink(db, KV_FILE_TABLE, id);
+    }
+    if (count > last)
+        memmove(&db->tables[first + add], &db->tables[last],
+                (count - last) * sizeof *db->tables);
+    if (add) db->tables[first] = *table;
+    memset(table, 0, sizeof *table);
+    db->tables_count = count - (last - first) + add;
+    db->tables_seq = seq;
+    db->tables_digest = digest;
+    for (size_t i = 0; i < gone_count; i++)
+        kv_job_unlink(db, KV_FILE_LOG, gone[i].id);
+    return KVMETA_OK;
+}
+
+/* Writes all records of `source` to a new table; tombstones too, unless
+ * `drop`. *dropped gets the sum of those left out. No records: no table. */
+static int kv_job_write(struct kv_job *job, uint64_t id,
+                        struct kv_source *source, bool drop, uint64_t seq_first,
+                        uint64_t seq_last, struct kvmeta_digest *dropped,
+                        struct kv_table *out, struct kvmeta_error *err)
+{
+    struct kv_table_writer w = {0};
+    int rc = kv_table_writer_open(job, id, &w, err);
+
+    memset(out, 0, sizeof *out);
+    memset(dropped, 0, sizeof *dropped);
+    while (!rc) {
+        rc = source->next(source, err);
+        if (rc) break;
+        if (source->value || !drop)
+            rc = kv_table_writer_add(&w, source->key, source->value, err);
+        else
+            kv_digest_add(dropped, kv_digest_record(&job->env->shape,
+                                                    source->key, NULL));
+    }
+    if (rc == KV_END) {
+        rc = KVMETA_OK;
+        if (w.records > 0)
+            rc = kv_table_writer_finish(&w, seq_first, seq_last, out, err);
+    }
+    kv_table_writer_abort(&w);    /* a finished one is not undone by it */
+    return rc;
+}
+
+/* Loads the oldest sealed log and checks that it follows the tables. */
+static int kv_flush_load(struct kvmeta *db, const struct kv_log_meta *meta,
+                         struct kv_run *run, struct kvmeta_error *err)
+{
+    struct kv_file file = {.kind = KV_FILE_LOG, .id = meta->id};
+    int rc = kv_run_load(&db->env, meta, 0, run, err);
+
+    if (rc) return rc;
+    if (run->head.first_seq != db->tables_seq + 1
+        || !kv_digest_equal(run->head.digest, db->tables_digest))
+        return kv_fail_corrupt(err, &file, 72,
+                               "log does not follow the tables");
+    return KVMETA_OK;
+}
+
+/* The oldest sealed log becomes the newest table. */
+static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_log_meta meta;
+    size_t count = db->tables_count;
+    struct kv_run_source source;
+    struct kv_table table = {0};
+    struct kvmeta_digest dropped;
+    struct kv_run run;
+    struct kv_job job;
+    int rc;
+
+    pthread_mutex_lock(&db->state_lock);
+    assert(db->manifest.logs_count > 0);
+    meta = db->manifest.logs[0];
+    pthread_mutex_unlock(&db->state_lock);
+    assert(!meta.live);
+    kv_job_init(db, &job);
+    rc = kv_flush_load(db, &meta, &run, err);
+    if (rc) goto done;
+    kv_run_source_open(&db->env, &run, NULL, NULL, &source);
+    rc = kv_job_write(&job, kv_store_new_id(db), &source.base, count == 0,
+                      run.head.first_seq, kv_run_last_seq(&run), &dropped,
+                      &table, err);
+    if (rc) goto done;
+    if (count == 0 && !kv_digest_equal(table.sum, run.digest)) {
+        rc = kv_fail(err, KVMETA_E_CORRUPT, 0,
+                     "w%016llx.wal: its records do not sum up to its digest",
+                     (unsigned long long)meta.id);
+        kv_job_discard(db, &table, true);
+        goto done;
+    }
+    rc = kv_job_install(db, count, count, &table, meta.id,
+                        kv_run_last_seq(&run),
+                        run.digest, err);
+    if (!rc) db->counters.flushes++;
+done:
+    kv_run_free(&db->env, &run);
+    return rc;
+}
+
+/* sum(inputs) - sum(shadowed) - sum(dropped) must be sum(output); a table of
+ * everything must also have the digest of the table set. */
+static int kv_merge_balance(const struct kvmeta *db, size_t first, size_t last,
+                            struct kvmeta_digest shadowed,
+                            struct kvmeta_digest dropped,
+                            const struct kv_table *out,
+                            struct kvmeta_error *err)
+{
+    struct kvmeta_digest sum = {0, 0};
+    bool whole = first == 0 && last == db->tables_count;
+
+    for (size_t i = first; i < last; i++)
+        kv_digest_add(&sum, db->tables[i].sum);
+    kv_digest_sub(&sum, shadowed);
+    kv_digest_sub(&sum, dropped);
+    if (kv_digest_equal(sum, out->sum)
+        && (!whole || kv_digest_equal(sum, db->tables_digest)))
+        return KVMETA_OK;
+    return kv_fail(err, KVMETA_E_CORRUPT, 0,
+                   "merge of %zu tables does not balance: discarded",
+                   last - first);
+}
+
+/* Opens the tables [first, last) as one source. */
+static int kv_merge_sources(struct kvmeta *db, struct kv_job *job,
+                            size_t first, size_t last,
+                            struct kv_table_source *inputs,
+                            struct kv_source **sources,
+                            struct kvmeta_error *err)
+{
+    int rc = KVMETA_OK;
+
+    for (size_t i = first; i < last && !rc; i++) {
+        sources[i - first] = &inputs[i - first].base;
+        rc = kv_table_source_open(job, &db->tables[i], NULL, NULL,
+                                  &inputs[i - first], err);
+    }
+    return rc;
+}
+
+/* The tables [first, last) become one. Tombstones go when there is nothing
+ * older that they could hide. */
+static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
+                        struct kvmeta_error *err)
+{
+    size_t n = last - first;
+    size_t bytes = n * (sizeof(struct kv_table_source)
+                        + sizeof(struct kv_source *));
+    struct kv_table_source *inputs = kv_alloc_zeroed(&db->env, bytes);
+    struct kv_source **sources = (struct kv_source **)(void *)(inputs + n);
+    struct kv_table table = {0};
+    struct kvmeta_digest dropped;
+    struct kv_merge merge = {0};
+    struct kv_job job;
+    int rc;
+
+    assert(n >= 1);
+    if (!inputs) return kv_fail_memory(err, bytes);
+    kv_job_init(db, &job);
+    rc = kv_merge_sources(db, &job, first, last, inputs, sources, err);
+    if (!rc) rc = kv_merge_open(&db->env, sources, n, &merge, err);
+    merge.balance = true;
+    if (!rc)
+        rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, first == 0,
+                          db->tables[first].meta.seq_first,
+                          db->tables[last - 1].meta.seq_last, &dropped,
+                          &table, err);
+    if (!rc) {
+        rc = kv_merge_balance(db, first, last, merge.shadowed, dropped,
+                              &table, err);
+        if (rc) {
+            db->compaction_stopped = true;
+            kv_job_discard(db, &table, true);
+        }
+    }
+    kv_merge_close(&merge);
+    for (size_t i = 0; i < n; i++) kv_table_source_close(&inputs[i]);
+    kv_free(&db->env, inputs);
+    if (rc) return rc;
+    return kv_job_install(db, first, last, &table, 0, db->tables_seq,
+                          db->tables_digest, err);
+}
+
+/* A held version as a source. */
+struct kv_version_source {
+    struct kv_source base;
+    const struct kv_shape *shape;
+    struct kv_cursor cursor;
+    bool started;
+};
+
+static int kv_version_source_next(struct kv_source *source,
+                                  struct kvmeta_error *err)
+{
+    struct kv_version_source *s = (struct kv_version_source *)(void *)source;
+    bool there = s->started ? kv_cursor_next(&s->cursor)
+                            : kv_cursor_first(&s->cursor);
+
+    (void)err;
+    s->started = true;
+    if (!there) return KV_END;
+    s->base.key = kv_cursor_key(&s->cursor);
+    s->base.value = kv_cursor_value(&s->cursor);
+    s->base.head = kv_key_head(s->shape, s->base.key);
+    return KVMETA_OK;
+}
+
+/* Seals the live log and holds the version at exactly that point. *up_to: the
+ * newest log that the version covers. */
+static int kv_heal_boundary(struct kvmeta *db, struct kv_version **version,
+                            uint64_t *up_to, struct kvmeta_error *err)
+{
+    struct kv_request right = {.exclusive = true};
+    int rc;
+
+    (void)kv_right_take(db, &right);
+    rc = db->failed ? kv_fail(err, KVMETA_E_FAILED, 0, "writing has stopped")
+                    : kv_rotate(db, false, err);
+    if (!rc) {
+        *version = kv_tree_hold(&db->tree);
+        *up_to = 0;
+        if (db->manifest.logs_count > 0)
+            *up_to = db->manifest.logs[db->manifest.logs_count - 1].id;
+    }
+    kv_right_give(db, NULL);
+    return rc;
+}
+
+/* A table or a sealed log is damaged, and memory holds the truth: writes one
+ * table of everything, and drops all files that are older. */
+static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_version_source source = {.shape = &db->env.shape};
+    struct kv_version *version = NULL;
+    struct kv_table table = {0};
+    struct kvmeta_digest dropped;
+    struct kv_job job;
+    uint64_t up_to;
+    int rc = kv_heal_boundary(db, &version, &up_to, err);
+
+    if (rc) return rc;
+    kv_job_init(db, &job);
+    source.base.next = kv_version_source_next;
+    kv_cursor_init(&db->tree, version, &source.cursor);
+    rc = kv_job_write(&job, kv_store_new_id(db), &source.base, true, 1,
+                      kv_max(version->seq, 1), &dropped, &table, err);
+    if (!rc && !kv_digest_equal(table.sum, version->digest)) {
+        rc = kv_fail(err, KVMETA_E_CORRUPT, 0,
+                     "memory is damaged: its records do not sum up to their "
+                     "digest");
+        kv_store_fail(db, err);
+        kv_job_discard(db, &table, true);
+    }
+    if (!rc)
+        rc = kv_job_install(db, 0, db->tables_count, &table, up_to,
+                            version->seq, version->digest, err);
+    kv_tree_drop(&db->tree, version);
+    if (rc) return rc;
+    pthread_mutex_lock(&db->state_lock);
+    db->heal_wanted = false;
+    pthread_mutex_unlock(&db->state_lock);
+    db->compaction_stopped = false;
+    db->counters.heals++;
+    kv_log(&db->env, KVMETA_LOG_WARNING,
+           "a damaged file was replaced by a table written from memory");
+    return KVMETA_OK;
+}
+
+/* Creates the file of the next log, so that a rotation need not. */
+static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
+{
+    uint64_t fill = db->options.durability == KVMETA_DURABLE
+        ? kv_min(KV_LOG_EXTEND_BYTES, db->options.log_bytes_max) : 0;
+    struct kv_log log;
+    int rc = kv_log_create(&db->env, kv_store_new_id(db), fill, &log, err);
+
+    if (rc) return rc;
+    pthread_mutex_lock(&db->state_lock);
+    assert(!db->prepared.file.open);
+    db->prepared = log;
+    pthread_mutex_unlock(&db->state_lock);
+    return KVMETA_OK;
+}
+
+/*
+ * Syncs what has been written to the live log so far, while writers append
+ * to it, so that the sync of a rotation finds little left to do. The leader
+ * lends its file; if it rotates meanwhile, the file is closed here. A failed
+ * sync is reported once only by the system, so it must count here.
+ */
+static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_request right = {.exclusive = true};
+    struct kv_file retired;
+    struct kv_file file;
+    uint64_t end;
+    int rc = KVMETA_OK;
+
+    (void)kv_right_take(db, &right);
+    file = db->log.file;
+    end = db->log.end;
+    pthread_mutex_lock(&db->state_lock);
+    db->log_syncing = file.open ? file.id : 0;
+    pthread_mutex_unlock(&db->state_lock);
+    kv_right_give(db, NULL);
+
+    if (!file.open) return KVMETA_OK;
+    rc = kv_file_sync(&db->env, &file, err);
+    pthread_mutex_lock(&db->state_lock);
+    db->log_syncing = 0;
+    retired = db->log_retired;
+    memset(&db->log_retired, 0, sizeof db->log_retired);
+    pthread_mutex_unlock(&db->state_lock);
+    kv_file_close(&db->env, &retired);
+    db->background_synced = end;
+    return kv_store_judge(db, rc, err);
+}
+/* ==========================================================================
+ * Background work
+ *
+ * Picks the next step and does it: the worker thread in a loop, or the host
+ * by kvmeta_step. Carries (J1): one step at a time, under the job lock; (J2):
+ * a step that fails changes nothing and is tried again later.
+ * ========================================================================== */
+
+enum kv_step {
+    KV_STEP_NONE,
+    KV_STEP_HEAL,
+    KV_STEP_FLUSH,
+    KV_STEP_FULL,
+    KV_STEP_MERGE,
+    KV_STEP_PREPARE,
+    KV_STEP_LOG_SYNC,
+    KV_STEP_SYNC,
+    KV_STEP_MARK
+};
+
+struct kv_plan {
+    enum kv_step step;
+    size_t first;                 /* tables to merge */
+    size_t last;
+};
+
+/* Sealed logs that wait for a flush. State lock held. */
+static size_t kv_logs_waiting_locked(const struct kvmeta *db)
+{
+    return db->manifest.logs_count
+        - (kv_manifest_live(&db->manifest) ? 1 : 0);
+}
+
+/* Are the tables as small as they can be, but for merging? */
+static bool kv_tables_compact(const struct kvmeta *db)
+{
+    if (db->tables_count == 0) return true;
+    return db->tables_count == 1 && db->tables[0].meta.tombstones == 0;
+}
+
+static bool kv_plan_full(const struct kvmeta *db, uint64_t live)
+{
+    uint64_t records = 0;
+
+    if (kv_tables_compact(db)) return false;
+    if (db->tables_count >= 8 * (size_t)db->options.merge_window) return true;
+    if (db->tables_count >= KV_TABLES_MAX - 1) return true;
+    for (size_t i = 0; i < db->tables_count; i++)
+        records += db->tables[i].meta.records;
+    return (double)records > db->options.space_amp_max * (double)live;
+}
+
+/* The longest run of adjacent tables of like size, the newest first. */
+static bool kv_plan_merge(const struct kvmeta *db, struct kv_plan *plan)
+{
+    for (size_t last = db->tables_count; last > 0; last--) {
+        uint64_t smallest = UINT64_MAX;
+        uint64_t largest = 0;
+        size_t first = last;
+
+        while (first > 0) {
+            uint64_t bytes = db->tables[first - 1].meta.bytes;
+
+            smallest = kv_min(smallest, bytes);
+            largest = kv_max(largest, bytes);
+            if (largest / db->options.merge_ratio > smallest) break;
+            first--;
+        }
+        if (last - first < db->options.merge_window) continue;
+        plan->first = first;
+        plan->last = last;
+        return true;
+    }
+    return false;
+}
+
+/* What the log wants: its successor, or a sync ahead of the rotation. */
+static enum kv_step kv_plan_log(struct kvmeta *db)
+{
+    uint64_t end = db->log_end;
+    bool prepared;
+
+    pthread_mutex_lock(&db->state_lock);
+    prepared = db->prepared.file.open;
+    pthread_mutex_unlock(&db->state_lock);
+    if (end < db->options.log_bytes_max / 2) {
+        if (end < db->background_synced) db->background_synced = 0;
+        return KV_STEP_NONE;
+    }
+    if (!prepared) return KV_STEP_PREPARE;
+    if (db->options.durability != KVMETA_DURABLE
+        && end > db->background_synced + db->options.log_bytes_max / 8)
+        return KV_STEP_LOG_SYNC;
+    return KV_STEP_NONE;
+}
+
+/* Work that is due by the clock. */
+static enum kv_step kv_plan_timed(struct kvmeta *db)
+{
+    uint64_t interval_ns = (uint64_t)db->options.sync_interval_ms * 1000000;
+    enum kv_step step = KV_STEP_NONE;
+    uint64_t now = kv_now(db);
+
+    pthread_mutex_lock(&db->state_lock);
+    if (interval_ns && db->unsynced
+        && now - db->unsynced_since_ns >= interval_ns)
+        step = KV_STEP_SYNC;
+    else if (db->mark_dirty && now - db->dirty_since_ns >= KV_MARK_SYNC_NS)
+        step = KV_STEP_MARK;
+    pthread_mutex_unlock(&db->state_lock);
+    return step;
+}
+
+/* Job lock held. A sealed log is flushed once there is a live one: a store
+ * that is only opened and closed stays as it is. */
+static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
+{
+    uint64_t live = kvmeta_count(db);
+    size_t waiting;
+    bool heal;
+    bool flush;
+    bool full;
+
+    memset(plan, 0, sizeof *plan);
+    if (db->failed || (db->options.flags & KVMETA_READ_ONLY)) return;
+    pthread_mutex_lock(&db->state_lock);
+    waiting = kv_logs_waiting_locked(db);
+    heal = db->heal_wanted;
+    flush = waiting > 0
+        && (kv_manifest_live(&db->manifest) || db->flush_wanted
+            || waiting >= KV_LOGS_WAITING_MAX);
+    full = db->full_wanted;
+    pthread_mutex_unlock(&db->state_lock);
+
+    plan->last = db->tables_count;
+    plan->step = kv_plan_timed(db);
+    if (plan->step) return;
+    if (heal) {
+        plan->step = KV_STEP_HEAL;
+    } else if (flush && db->tables_count < KV_TABLES_MAX) {
+        plan->step = KV_STEP_FLUSH;
+    } else if (!db->compaction_stopped
+               && (full ? !kv_tables_compact(db) : kv_plan_full(db, live))) {
+        plan->step = KV_STEP_FULL;
+    } else if (!db->compaction_stopped && kv_plan_merge(db, plan)) {
+        plan->step = KV_STEP_MERGE;
+    } else {
+        plan->step = kv_plan_log(db);
+    }
+}
+
+static int kv_commit(struct kvmeta *db, struct kv_request *r);
+
+static int kv_step_sync(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_request barrier = {.durability = KVMETA_DURABLE};
+    int rc = kv_commit(db, &barrier);
+
+    if (!rc) return KVMETA_OK;
+    return kv_fail(err, rc, 0, "interval sync: %s", kvmeta_strerror(rc));
+}
+
+static int kv_step_mark(struct kvmeta *db, struct kvmeta_error *err)
+{
+    db->mark_dirty = false;
+    return kv_store_judge(db, kv_file_sync(&db->env, &db->lock, err), err);
+}
+
+static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
+                      struct kvmeta_error *err)
+{
+    int rc = KVMETA_OK;
+
+    switch (plan->step) {
+    case KV_STEP_HEAL: rc = kv_job_heal(db, err); break;
+    case KV_STEP_FLUSH: rc = kv_job_flush(db, err); break;
+    case KV_STEP_FULL:
+    case KV_STEP_MERGE:
+        rc = kv_job_merge(db, plan->first, plan->last, err);
+        break;
+    case KV_STEP_PREPARE: rc = kv_job_prepare(db, err); break;
+    case KV_STEP_LOG_SYNC: rc = kv_job_log_sync(db, err); break;
+    case KV_STEP_SYNC: rc = kv_step_sync(db, err); break;
+    case KV_STEP_MARK: rc = kv_step_mark(db, err); break;
+    case KV_STEP_NONE: break;
+    }
+    if (!rc && plan->step == KV_STEP_FULL) db->counters.full_compactions++;
+    if (!rc && plan->step == KV_STEP_MERGE) db->counters.merges++;
+    return rc;
+}
+
+/* Keeps the outcome of a step for those who wait and ask. */
+static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
+                           int rc, const struct kvmeta_error *err)
+{
+    bool damaged = rc == KVMETA_E_CORRUPT && !db->compaction_stopped
+        && plan->step != KV_STEP_HEAL;
+
+    pthread_mutex_lock(&db->state_lock);
+    db->busy = false;
+    if (rc == KVMETA_OK) {
+        db->retry_ns = 0;
+        if (plan->step >= KV_STEP_HEAL && plan->step <= KV_STEP_MERGE
+            && !db->compaction_stopped)
+            memset(&db->background_error, 0, sizeof db->background_error);
+    } else if (rc != KV_STOPPED) {
+        db->background_error = *err;
+        db->retry_ns = kv_now(db) + KV_RETRY_NS;
+        if (damaged) db->heal_wanted = true;
+        if (damaged) db->retry_ns = 0;
+    }
+    if (plan->step == KV_STEP_FULL && !rc) db->full_wanted = false;
+    if (kv_logs_waiting_locked(db) == 0) db->flush_wanted = false;
+    if (kv_logs_waiting_locked(db) < KV_LOGS_WAITING_MAX)
+        db->backlogged = false;
+    pthread_cond_broadcast(&db->progress);
+    pthread_mutex_unlock(&db->state_lock);
+    if (rc == KVMETA_OK || rc == KV_STOPPED) return;
+    db->counters.background_errors++;
+    kv_log(&db->env, damaged ? KVMETA_LOG_WARNING : KVMETA_LOG_ERROR,
+           "background: %s", err->message);
+}
+
+/* One step; *did: there was one. */
+static int kv_step_once(struct kvmeta *db, bool *did)
+{
+    struct kvmeta_error err = {0};
+    struct kv_plan plan;
+    int rc;
+
+    pthread_mutex_lock(&db->job_lock);
+    kv_plan_make(db, &plan);
+    *did = plan.step != KV_STEP_NONE;
+    if (!*did) {
+        pthread_mutex_unlock(&db->job_lock);
+        return KVMETA_OK;
+    }
+    pthread_mutex_lock(&db->state_lock);
+    db->busy = true;
+    pthread_mutex_unlock(&db->state_lock);
+    KV_SCHED_POINT("step");
+    rc = kv_step_do(db, &plan, &err);
+    kv_step_report(db, &plan, rc, &err);
+    pthread_mutex_unlock(&db->job_lock);
+    return rc;
+}
+
+/* Until when the worker may sleep; 0: until it is woken. State lock held. */
+static uint64_t kv_worker_due_locked(const struct kvmeta *db)
+{
+    uint64_t interval_ns = (uint64_t)db->options.sync_interval_ms * 1000000;
+    uint64_t due = UINT64_MAX;
+
+    if (db->failed) return 0;
+    if (db->mark_dirty) due = db->dirty_since_ns + KV_MARK_SYNC_NS;
+    if (interval_ns && db->unsynced)
+        due = kv_min(due, db->unsynced_since_ns + interval_ns);
+    if (db->retry_ns) due = kv_min(due, db->retry_ns);
+    return due == UINT64_MAX ? 0 : due;
+}
+
+static void kv_worker_sleep_locked(struct kvmeta *db)
+{
+    uint64_t due = kv_worker_due_locked(db);
+    uint64_t now = kv_now(db);
+    uint64_t wait = due > now ? due - now : 0;
+    struct timespec until;
+
+    if (!due) {
+        pthread_cond_wait(&db->work, &db->state_lock);
+        return;
+    }
+    if (wait == 0) return;
+    clock_gettime(CLOCK_REALTIME, &until);
+    wait += (uint64_t)until.tv_nsec;
+    until.tv_sec += (time_t)(wait / 1000000000);
+    until.tv_nsec = (long)(wait % 1000000000);
+    pthread_cond_timedwait(&db->work, &db->state_lock, &until);
+}
+
+static void *kv_worker_main(void *arg)
+{
+    struct kvmeta *db = arg;
+
+    while (!db->stopping) {
+        bool did = false;
+        int rc = kv_step_once(db, &did);
+
+        pthread_mutex_lock(&db->state_lock);
+        if (!did && !db->stopping) pthread_cond_broadcast(&db->progress);
+        if ((!did || rc) && !db->stopping && !(rc && !db->retry_ns))
+            kv_worker_sleep_locked(db);
+        pthread_mutex_unlock(&db->state_lock);
+    }
+    return NULL;
+}
+
+/*
+ * Waits until `over` says so, doing the work itself where there is no thread.
+ * Ends with the error of the first step that fails meanwhile.
+ */
+static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
+                   uint64_t target)
+{
+    uint64_t errors = db->counters.background_errors;
+    int rc = KVMETA_OK;
+
+    for (;;) {
+        bool did = true;
+
+        if (over(db, target)) return KVMETA_OK;
+        if (db->failed) return KVMETA_E_FAILED;
+        if (!db->has_thread) {
+            rc = kv_step_once(db, &did);
+            if (rc < 0 && !(rc == KVMETA_E_CORRUPT && db->heal_wanted))
+                return rc;
+            if (!did && !over(db, target)) return KVMETA_E_FAILED;
+            continue;
+        }
+        pthread_mutex_lock(&db->state_lock);
+        if (db->counters.background_errors != errors
+            && db->background_error.code && !db->heal_wanted)
+            rc = db->background_error.code;
+        pthread_cond_signal(&db->work);
+        if (!rc) {
+            struct timespec until;
+
+            clock_gettime(CLOCK_REALTIME, &until);
+            until.tv_nsec += 20 * 1000 * 1000;   /* `over` has its own locks */
+            until.tv_sec += until.tv_nsec / 1000000000;
+            until.tv_nsec %= 1000000000;
+            pthread_cond_timedwait(&db->progress, &db->state_lock, &until);
+        }
+        pthread_mutex_unlock(&db->state_lock);
+        if (rc) return rc;
+    }
+}
+/* ==========================================================================
+ * Commit
+ *
+ * Order of a group with a durable or a written batch: build the next version
+ * privately, log it, sync it, mark it, publish it. On failure the private
+ * version is dropped, and nothing has changed. A group of buffered batches
+ * needs no I/O but for a full buffer, which is written before anything
+ * changes; each batch is then applied in place where no reader looks. Carries
+ * (C2): what is visible in durable mode is on disk; (C3): memory is reserved
+ * before a batch is applied, so that what has reached the log cannot fail.
+ * ========================================================================== */
+
+static bool kv_request_expects(const struct kvmeta *db,
+                               const struct kv_edit *edit,
+                               const struct kvmeta_op *op)
+{
+    const unsigned char *value = kv_edit_find(edit, op->key);
+
+    if (!value || !op->value) return !value && !op->value;
+    return memcmp(value, op->value, db->env.shape.value_bytes) == 0;
+}
+
+/* Tests the expectations and reserves memory: after OK, kv_request_apply
+ * cannot fail. */
+static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
+                            struct kv_request *r)
+{
+    size_t bytes = r->changes * db->log.head.slot_bytes;
+    int rc;
+
+    if (r->changes != r->n) {
+        for (size_t i = 0; i < r->n; i++)
+            if (r->ops[i].type == KVMETA_OP_EXPECT
+                && !kv_request_expects(db, edit, &r->ops[i]))
+                return KVMETA_CONFLICT;
+    }
+    if (r->changes == 0) return KVMETA_OK;
+    rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, NULL);
+    if (!rc && !edit->in_place) rc = kv_edit_reserve(edit, r->changes, NULL);
+    return rc;
+}
+
+/* Fetches what a batch is about to change, many keys side by side. */
+static void kv_request_warm(struct kvmeta *db, const struct kv_request *r)
+{
+    const unsigned char *keys[KV_BATCH];
+    size_t n = 0;
+
+    if (r->n < 8) return;
+    for (size_t i = 0; i < r->n; i++) {
+        keys[n++] = r->ops[i].key;
+        if (n < KV_BATCH && i + 1 < r->n) continue;
+        kv_tree_warm(&db->tree, keys, n);
+        n = 0;
+    }
+}
+
+/* Changes the tree and logs what did change. */
+static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
+                             struct kv_request *r)
+{
+    uint32_t entries = db->buffer.entries;
+
+    for (size_t i = 0; i < r->n; i++) {
+        const struct kvmeta_op *op = &r->ops[i];
+        const void *value = op->value ? op->value : op->key;
+
+        if (op->type == KVMETA_OP_EXPECT) continue;
+        if (op->type == KVMETA_OP_PUT) {
+            r->found = kv_edit_put(edit, op->key, value, r->previous);
+        } else {
+            r->found = kv_edit_remove(edit, op->key, NULL);
+            if (!r->found) continue;
+            value = NULL;
+        }
+        kv_log_buffer_add(&db->env.shape, &db->buffer,
+                          db->log.head.slot_bytes, op->key, value);
+    }
+    entries = db->buffer.entries - entries;
+    r->changed = entries > 0;
+    if (!r->changed) return;
+    db->buffer.batches++;
+    db->counters.commits++;
+    db->counters.user_bytes += (uint64_t)entries * db->env.shape.record_bytes;
+}
+
+/* The state now is durable: for the statistics, and the worker's timers. */
+static void kv_commit_note(struct kvmeta *db, bool synced, uint64_t seq)
+{
+    bool wake = false;
+
+    if (synced) {
+        db->durable_seq = seq;
+        db->unsynced = false;
+        if (db->mark_dirty) return;
+    } else if (db->unsynced || !db->options.sync_interval_ms) {
+        return;
+    }
+    pthread_mutex_lock(&db->state_lock);
+    if (synced) {
+        db->dirty_since_ns = kv_now(db);
+        wake = !db->mark_dirty;
+        db->mark_dirty = true;
+    } else {
+        db->unsynced_since_ns = kv_now(db);
+        wake = !db->unsynced;
+        db->unsynced = true;
+    }
+    if (wake) pthread_cond_signal(&db->work);
+    pthread_mutex_unlock(&db->state_lock);
+}
+
+/* Writes the buffer as a frame; `sync` makes it, and all before it, durable. */
+static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
+                         bool sync, struct kvmeta_error *err)
+{
+    struct kv_log *log = &db->log;
+    uint64_t start = log->end;
+    uint64_t batches = db->buffer.batches;
+    bool write = db->buffer.entries > 0;
+    int rc = KVMETA_OK;
+
+    /* A sync after frames that are not padded: an empty frame fills up the
+     * sector, because what is acknowledged is never written again. */
+    if (sync && log->end > log->durable && log->end % log->head.align != 0)
+        write = true;
+    KV_SCHED_POINT("log");
+    if (write) rc = kv_log_write(&db->env, log, &db->buffer, digest, sync, err);
+    if (rc) return kv_store_judge(db, rc, err);
+    if (write) {
+        db->counters.groups++;
+        db->counters.bytes_logged += log->end - start;
+        if (batches > db->counters.group_commits_max)
+            db->counters.group_commits_max = batches;
+        db->log_end = log->end;
+        if (start < db->options.log_bytes_max / 2
+            && log->end >= db->options.log_bytes_max / 2)
+            kv_store_wake(db);
+    }
+    if (!sync || log->end == log->durable) return KVMETA_OK;
+
+    KV_SCHED_POINT("sync");
+    if (KV_MUTANT(10))
+        (void)kv_store_mark(db, 0, log->head.id, log->end, err);
+    rc = kv_log_sync(&db->env, log, err);
+    if (rc) return kv_store_judge(db, rc, err);
+    db->counters.syncs++;
+    KV_SCHED_POINT("mark");
+    rc = kv_store_mark(db, 0, log->head.id, log->durable, err);
+    if (rc) kv_store_fail(db, err);   /* the next write fails, not this one */
+    return KVMETA_OK;
+}
+
+/* Buffered batches, one by one. Before each, the buffer is written if it has
+ * no room: an error of that leaves the batch undone. */
+static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
+                              struct kvmeta_error *err)
+{
+    const struct kv_version *now = kv_tree_current(&db->tree);
+    size_t bytes = r->changes * db->log.head.slot_bytes;
+    struct kv_edit edit;
+    bool in_place = r->n <= KV_IN_PLACE_MAX;
+    int rc;
+
+    if (db->buffer.used + bytes > db->options.log_buffer_bytes
+        && db->buffer.entries > 0) {
+        rc = kv_commit_log(db, now->digest, false, err);
+        if (rc) return rc;
+    }
+    if (in_place) {
+        rc = kv_tree_reserve(&db->tree, r->changes, err);
+        if (!rc)
+            rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, err);
+        if (rc) return rc;
+    }
+    kv_request_warm(db, r);
+    rc = kv_edit_begin(&db->tree, &edit, in_place, err);
+    if (rc) return rc;
+    rc = kv_request_check(db, &edit, r);
+    if (rc) {
+        kv_edit_abort(&edit);
+        return rc;
+    }
+    kv_request_apply(db, &edit, r);
+    r->seq = now->seq + r->changed;
+    kv_log_buffer_keep(&db->buffer);
+    kv_edit_publish(&edit, r->seq);
+    kv_commit_note(db, false, r->seq);
+    return KVMETA_OK;
+}
+
+/* All requests of the group on a private version. */
+static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
+                              bool sync)
+{
+    uint64_t base = kv_tree_current(&db->tree)->seq;
+    uint64_t seq = base;
+    struct kvmeta_error err = {0};
+    struct kv_edit edit;
+    int rc = kv_edit_begin(&db->tree, &edit, false, &err);
+
+    if (rc) {
+        for (struct kv_request *r = group; r; r = r->next) r->rc = rc;
+        return;
+    }
+    for (struct kv_request *r = group; r; r = r->next) {
+        kv_request_warm(db, r);
+        r->rc = kv_request_check(db, &edit, r);
+        if (!r->rc) kv_request_apply(db, &edit, r);
+        seq += r->changed;
+        r->seq = seq;
+    }
+    if (db->log.file.open)
+        rc = kv_commit_log(db, edit.version->digest, sync, &err);
+    if (rc) {
+        kv_edit_abort(&edit);
+        kv_log_buffer_drop(&db->buffer);
+        for (struct kv_request *r = group; r; r = r->next)
+            if (r->rc == KVMETA_OK) r->rc = rc;
+        return;
+    }
+    KV_SCHED_POINT("publish");
+    if (seq == base)
+        kv_edit_abort(&edit);
+    else
+        kv_edit_publish(&edit, seq);
+    kv_commit_note(db, sync, seq);
+}
+
+/* A live log with room, for a group that changes something. */
+static int kv_commit_open_log(struct kvmeta *db, size_t bytes,
+                              struct kvmeta_error *err)
+{
+    uint64_t need = db->log.end + db->buffer.used + bytes;
+    size_t waiting;
+
+    if (db->log.file.open && need <= db->options.log_bytes_max)
+        return KVMETA_OK;
+    if (db->log.file.open
+        && db->log.end == kv_log_first(db->log.head.align)
+        && db->buffer.entries == 0)
+        return KVMETA_OK;         /* larger than any log: it gets its own */
+    pthread_mutex_lock(&db->state_lock);
+    waiting = kv_logs_waiting_locked(db);
+    if (waiting + 1 >= KV_LOGS_WAITING_MAX) db->backlogged = true;
+    pthread_mutex_unlock(&db->state_lock);
+    /* Beyond the backlog the live log grows, as far as those writers take it
+     * that are past the check already. */
+    if (db->log.file.open && waiting >= KV_LOGS_WAITING_MAX) return KVMETA_OK;
+    return kv_rotate(db, true, err);
+}
+
+/* Does the work of the group, and leaves the result in each request. */
+static void kv_commit_group(struct kvmeta *db, struct kv_request *group)
+{
+    struct kvmeta_error err = {0};
+    bool buffered = true;
+    bool sync = false;
+    size_t changes = 0;
+    size_t slot = kv_log_slot_bytes(&db->env.shape);
+    int rc = KVMETA_OK;
+
+    for (struct kv_request *r = group; r; r = r->next) {
+        sync = sync || r->durability == KVMETA_DURABLE;
+        buffered = buffered && r->durability == KVMETA_BUFFERED
+            && r->changes * slot <= db->options.log_buffer_bytes;
+        changes += r->changes;
+    }
+    if (db->failed) rc = KVMETA_E_FAILED;
+    if (!rc && changes > 0)
+        rc = kv_commit_open_log(db, changes * slot, &err);
+    if (!rc && !buffered) {
+        kv_commit_private(db, group, sync);
+        return;
+    }
+    for (struct kv_request *r = group; r; r = r->next)
+        r->rc = rc ? rc : kv_commit_buffered(db, r, &err);
+}
+
+/* Takes from the queue what goes into the frame of `first`. */
+static void kv_commit_gather(struct kvmeta *db, struct kv_request *first)
+{
+    size_t slot = kv_log_slot_bytes(&db->env.shape);
+    struct kv_request *last = first;
+    size_t bytes = first->changes * slot;
+    size_t count = 1;
+
+    first->next = NULL;
+    pthread_mutex_lock(&db->queue_lock);
+    while (db->queue_first && !db->queue_first->exclusive) {
+        bytes += db->queue_first->changes * slot;
+        if (bytes > KV_GROUP_BYTES_MAX) break;
+        last->next = kv_queue_pop(db);
+        last = last->next;
+        count++;
+    }
+    db->last_group = count;
+    pthread_mutex_unlock(&db->queue_lock);
+}
+
+/*
+ * Those whom the last sync woke are on their way back with their next batch:
+ * a new leader lets them run first, or it would sync for itself alone and
+ * they would wait twice. Bounded by a small part of the time of a sync.
+ */
+static void kv_commit_linger(struct kvmeta *db, const struct kv_request *r)
+{
+    if (r->durability != KVMETA_DURABLE) return;
+    for (int i = 0; i < 64; i++) {
+        size_t queued;
+        size_t want;
+
+        pthread_mutex_lock(&db->queue_lock);
+        queued = db->queue_count;
+        want = db->last_group;
+        pthread_mutex_unlock(&db->queue_lock);
+        if (queued + 1 >= want) return;
+        sched_yield();
+    }
+}
+
+/* Too many sealed logs: wait until the background has flushed one. */
+static int kv_commit_stall(struct kvmeta *db);
+
+/* Commits one request, with others that wait, and returns its result. */
+static int kv_commit(struct kvmeta *db, struct kv_request *r)
+{
+    if (KV_UNLIKELY(kv_forked(db))) return KVMETA_E_FORKED;
+    if (db->options.flags & KVMETA_READ_ONLY) return KVMETA_E_READONLY;
+    if (r->changes > KV_LOG_FRAME_BYTES_MAX / kv_log_slot_bytes(&db->env.shape))
+        return KVMETA_E_LIMIT;
+    if (KV_UNLIKELY(db->backlogged) && r->changes > 0) {
+        int rc = kv_commit_stall(db);
+
+        if (rc) return rc;
+    }
+    if (!kv_right_take(db, r)) return r->rc;
+    kv_commit_linger(db, r);
+    kv_commit_gather(db, r);
+    kv_commit_group(db, r);
+    kv_right_give(db, r);
+    return r->rc;
+}
+
+static bool kv_stall_over(struct kvmeta *db, uint64_t unused)
+{
+    (void)unused;
+    return !db->backlogged;
+}
+
+static int kv_commit_stall(struct kvmeta *db)
+{
+    uint64_t start = kv_now(db);
+    int rc = kv_wait(db, kv_stall_over, 0);
+
+    db->counters.stalls++;
+    db->counters.stall_us += (kv_now(db) - start) / 1000;
+    return rc;
+}
+/* ==========================================================================
+ * Open: options
+ * ========================================================================== */
+
+/* Size of the options of the first release; later ones only append. */
+enum { KV_OPTIONS_BYTES_MIN = (int)sizeof(struct kvmeta_options) };
+
+struct kv_option_range {
+    const char *name;
+    size_t offset;
+    bool wide;                    /* uint64_t, else uint32_t */
+    uint64_t min;
+    uint64_t max;
+    uint64_t otherwise;           /* default, in place of 0 */
+};
+
+#define KV_RANGE32(field, min, max, otherwise) \
+    {#field, offsetof(struct kvmeta_options, field), false, min, max, otherwise}
+#define KV_RANGE64(field, min, max, otherwise) \
+    {#field, offsetof(struct kvmeta_options, field), true, min, max, otherwise}
+
+static const struct kv_option_range kv_option_ranges[] = {
+    KV_RANGE32(flags, 0, 7, 0),
+    KV_RANGE32(durability, 1, 3, KVMETA_DURABLE),
+    KV_RANGE32(sync_interval_ms, 0, 3600000, 0),
+    KV_RANGE32(log_buffer_bytes, 4096, 64u << 20, 32 << 10),
+    KV_RANGE32(log_align, 8, 65536, 512),
+    KV_RANGE32(merge_ratio, 1, 100, 3),
+    KV_RANGE32(merge_window, 2, 64, 10),
+    KV_RANGE32(open_threads, 0, 64, 0),
+    KV_RANGE32(reserved, 0, 0, 0),
+    KV_RANGE64(log_bytes_max, 64 << 10, (uint64_t)4 << 30, 32 << 20),
+    KV_RANGE64(compaction_bytes_per_s, 0, UINT64_MAX, 0),
+    KV_RANGE64(memory_bytes_max, 0, UINT64_MAX, 0),
+};
+
+static int kv_option_normalize(struct kvmeta_options *o,
+                               const struct kv_option_range *range,
+                               struct kvmeta_error *err)
+{
+    unsigned char *field = (unsigned char *)o + range->offset;
+    uint32_t narrow;
+    uint64_t v;
+
+    if (range->wide) {
+        memcpy(&v, field, sizeof v);
+    } else {
+        memcpy(&narrow, field, sizeof narrow);
+        v = narrow;
+    }
+    if (v == 0) v = range->otherwise;
+    if (v < range->min || v > range->max)
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "option %s: %llu, want %llu..%llu", range->name,
+                       (unsigned long long)v, (unsigned long long)range->min,
+                       (unsigned long long)range->max);
+    if (range->wide) {
+        memcpy(field, &v, sizeof v);
+    } else {
+        narrow = (uint32_t)v;
+        memcpy(field, &narrow, sizeof narrow);
+    }
+    return KVMETA_OK;
+}
+
+/* Copies the caller's options, checks them, fills in the defaults. */
+static int kv_options_normalize(const struct kvmeta_options *from,
+                                struct kvmeta_options *o,
+                                struct kvmeta_error *err)
+{
+    size_t n = sizeof kv_option_ranges / sizeof kv_option_ranges[0];
+    int rc = KVMETA_OK;
+
+    if (from->struct_size < KV_OPTIONS_BYTES_MIN
+        || from->struct_size > 65536)
+        return kv_fail(err, KVMETA_E_INVALID, 0, "option struct_size: %zu",
+                       from->struct_size);
+    if (!kv_is_zero((const unsigned char *)from + sizeof *o,
+                    from->struct_size - sizeof *o))
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "options of a newer version are set");
+    memcpy(o, from, sizeof *o);
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = kv_option_normalize(o, &kv_option_ranges[i], err);
+    if (rc) return rc;
+    if (o->key_bytes < 1 || o->key_bytes > KVMETA_KEY_BYTES_MAX)
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "option key_bytes: %u, want 1..255",
+                       (unsigned)o->key_bytes);
+    if (o->value_bytes > KVMETA_VALUE_BYTES_MAX)
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "option value_bytes: %u, want 0..65535",
+                       (unsigned)o->value_bytes);
+    if (o->log_align & (o->log_align - 1))
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "option log_align: %u is no power of two",
+                       (unsigned)o->log_align);
+    if (o->zstd_level < -7 || o->zstd_level > 19)
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "option zstd_level: %d, want -7..19",
+                       (int)o->zstd_level);
+    if (o->zstd_level == 0) o->zstd_level = 3;
+    if (o->space_amp_max == 0) o->space_amp_max = 2;
+    if (!(o->space_amp_max >= 1.05 && o->space_amp_max <= 100))
+        return kv_fail(err, KVMETA_E_INVALID, 0,
+                       "option space_amp_max: want 1.05..100");
+    if (!o->vfs) o->vfs = kvmeta_vfs_posix();
+    if (o->vfs->struct_size < sizeof *o->vfs)
+        return kv_fail(err, KVMETA_E_INVALID, 0, "option vfs: struct_size");
+    return KVMETA_OK;
+}
+
+/* ==========================================================================
+ * Open: what is in the directory
+ * ========================================================================== */
+
+/* Files of ours that are there. */
+struct kv_listing {
+    struct kv_env *env;
+    struct kv_file *files;        /* kind and id only */
+    size_t count;
+    size_t cap;
+    bool manifest;
+    bool lock;
+    bool data;                    /* a log or a table */
+    uint64_t id_max;
+    int rc;
+};
+
+static int kv_listing_add(void *arg, const char *name)
+{
+    struct kv_listing *list = arg;
+    uint64_t id;
+    int kind = kv_file_parse_name(name, &id);
+
+    if (!kind) return 0;
+    list->rc = kv_grow(list->env, (void **)&list->files, &list->cap,
+                       list->count + 1, sizeof *list->files, NULL);
+    if (list->rc) return ENOMEM;
+    memset(&list->files[list->count], 0, sizeof *list->files);
+    list->files[list->count].kind = (uint8_t)kind;
+    list->files[list->count++].id = id;
+    if (kind == KV_FILE_MANIFEST) list->manifest = true;
+    if (kind == KV_FILE_LOCK) list->lock = true;
+    if (kind != KV_FILE_LOG && kind != KV_FILE_TABLE) return 0;
+    list->data = true;
+    list->id_max = kv_max(list->id_max, id);
+    return 0;
+}
+
+static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
+                           struct kvmeta_error *err)
+{
+    int e;
+
+    kv_free(env, list->files);
+    memset(list, 0, sizeof *list);
+    list->env = env;
+    e = env->vfs->dir_list(env->vfs->user, env->dir, kv_listing_add, list);
+    if (list->rc) return kv_fail_memory(err, list->cap * sizeof *list->files);
+    if (e)
+        return kv_fail(err, KVMETA_E_IO, e, "listing the directory: error %d",
+                       e);
+    return KVMETA_OK;
+}
+
+static bool kv_manifest_names(const struct kv_manifest *m,
+                              const struct kv_file *f)
+{
+    if (f->kind == KV_FILE_TABLE) {
+        for (size_t i = 0; i < m->tables_count; i++)
+            if (m->tables[i].id == f->id) return true;
+    }
+    if (f->kind == KV_FILE_LOG) {
+        for (size_t i = 0; i < m->logs_count; i++)
+            if (m->logs[i].id == f->id) return true;
+    }
+    return f->kind == KV_FILE_LOCK || f->kind == KV_FILE_MANIFEST;
+}
+
+/* Does the file, which the manifest does not name, hold a frame? Then it was
+ * named by a manifest that is newer than ours. */
+static int kv_check_unlisted_log(struct kv_env *env,
+                                 const struct kv_file *file,
+                                 struct kvmeta_error *err)
+{
+    struct kv_run run = {0};
+    struct kv_frame f;
+    int reason;
+    int rc = kv_run_read_file(env, file, &run, err);
+
+    if (!rc && !kv_log_head_decode(env, file->id, run.bytes, run.size,
+                                   &run.head)) {
+        run.last_hcrc = run.head.crc;
+        if (kv_run_frame_at(env, &run, kv_log_first(run.head.align), &f,
+                            &reason))
+            rc = kv_fail_corrupt(err, file, 0, "holds commits, but the "
+                                 "manifest does not know it: the manifest "
+                                 "is stale");
+    }
+    kv_run_free(env, &run);
+    return rc;
+}
+
+/* An unlisted file of ours is garbage, unless it shows that the manifest is
+ * stale, or belongs to another store. */
+static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
+                             const struct kv_file *which,
+                             struct kvmeta_error *err)
+{
+    unsigned char head[32];
+    struct kv_file file = {0};
+    uint64_t bytes = 0;
+    int rc = kv_file_open(env, which->kind, which->id, 0, &file, err);
+
+    if (!rc) rc = kv_file_size(env, &file, &bytes, err);
+    if (!rc && bytes >= sizeof head) {
+        uint64_t magic = which->kind == KV_FILE_LOG ? KV_LOG_MAGIC
+                                                    : KV_TABLE_MAGIC;
+
+        rc = kv_file_read(env, &file, head, sizeof head, 0, err);
+        if (!rc && kv_load_le64(head) == magic
+            && memcmp(head + 16, env->uuid, KV_UUID_BYTES) != 0)
+            rc = kv_fail_corrupt(err, &file, 16, "file of another store");
+    }
+    if (!rc && which->kind == KV_FILE_LOG && which->id >= m->next_id)
+        rc = kv_check_unlisted_log(env, &file, err);
+    kv_file_close(env, &file);
+    return rc;
+}
+
+/* ==========================================================================
+ * Open: recovery
+ *
+ * Everything is read and checked before anything is written. The records go
+ * from the tables and logs, merged by key range, into the tree. Carries (P1):
+ * what is recovered is exactly the state after the last frame accepted; (P2):
+ * its digest, computed anew, is the one that this frame (or the manifest)
+ * holds.
+ * ========================================================================== */
+
+/* Work of one open; freed at its end. */
+struct kv_recovery {
+    struct kvmeta *db;
+    struct kv_listing list;
+    struct kv_mark marks[2];
+    bool healed;                  /* one copy of the manifest is damaged */
+    struct kv_run *runs;          /* one per log of the manifest */
+    size_t runs_count;
+    size_t ranges;                /* of keys, one loader each */
+    unsigned char *bounds;        /* ranges - 1 keys */
+    struct kv_loader *loaders;
+    uint64_t seq;                 /* of the last commit */
+    struct kvmeta_digest digest;  /* after it */
+};
+
+/* One task of many that run side by side. */
+struct kv_task {
+    int (*fn)(struct kv_recovery *rec, size_t index, struct kvmeta_error *err);
+    struct kv_recovery *rec;
+    _Atomic size_t *next;
+    size_t count;
+    int rc;
+    struct kvmeta_error err;
+    pthread_t thread;
+    bool started;
+};
+
+static void *kv_task_main(void *arg)
+{
+    struct kv_task *task = arg;
+
+    while (!task->rc) {
+        size_t i = (*task->next)++;
+
+        if (i >= task->count) break;
+        task->rc = task->fn(task->rec, i, &task->err);
+    }
+    return NULL;
+}
+
+enum { KV_OPEN_THREADS_MAX = 64 };
+
+/* Runs fn for 0..count-1 on the open's threads; the first error wins. A
+ * thread that cannot be started only means that the others do its part. */
+static int kv_parallel(struct kv_recovery *rec, size_t count,
+                       int (*fn)(struct kv_recovery *rec, size_t index,
+                                 struct kvmeta_error *err),
+                       struct kvmeta_error *err)
+{
+    size_t threads = (size_t)kv_min(rec->db->options.open_threads, count);
+    size_t bytes = threads * sizeof(struct kv_task);
+    struct kv_task *tasks;
+    _Atomic size_t next = 0;
+    int rc = KVMETA_OK;
+
+    if (count == 0) return KVMETA_OK;
+    tasks = kv_alloc_zeroed(&rec->db->env, bytes);
+    if (!tasks) return kv_fail_memory(err, bytes);
+    for (size_t i = 0; i < threads; i++) {
+        tasks[i].fn = fn;
+        tasks[i].rec = rec;
+        tasks[i].next = &next;
+        tasks[i].count = count;
+        if (i + 1 < threads)
+            tasks[i].started = pthread_create(&tasks[i].thread, NULL,
+                                              kv_task_main, &tasks[i]) == 0;
+    }
+    kv_task_main(&tasks[threads - 1]);
+    for (size_t i = 0; i < threads; i++) {
+        if (tasks[i].started) pthread_join(tasks[i].thread, NULL);
+        if (!rc && tasks[i].rc) {
+            rc = tasks[i].rc;
+            if (err) *err = tasks[i].err;
+        }
+    }
+    kv_free(&rec->db->env, tasks);
+    return rc;
+}
+
+static int kv_recover_log(struct kv_recovery *rec, size_t i,
+                          struct kvmeta_error *err)
+{
+    const struct kv_log_meta *meta = &rec->db->manifest.logs[i];
+    uint64_t acked = 0;
+
+    for (unsigned k = 0; k < 2; k++)
+        if (rec->marks[k].counter && rec->marks[k].log_id == meta->id)
+            acked = kv_max(acked, rec->marks[k].durable);
+    return kv_run_load(&rec->db->env, meta, acked, &rec->runs[i], err);
+}
+
+static int kv_recover_table(struct kv_recovery *rec, size_t i,
+                            struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    struct kv_file file = {.kind = KV_FILE_TABLE,
+                           .id = db->manifest.tables[i].id};
+    int rc = kv_table_open(&db->env, &db->manifest.tables[i], &db->tables[i],
+                           err);
+
+    if (rc == KVMETA_NOT_FOUND)
+        rc = kv_fail_corrupt(err, &file, 0, "listed in the manifest, missing");
+    return rc;
+}
+
+/* Each log must begin where the tables, or the log before, ended. */
+static int kv_recover_chain(struct kv_recovery *rec, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+
+    rec->seq = db->manifest.seq;
+    rec->digest = db->manifest.digest;
+    for (size_t i = 0; i < rec->runs_count; i++) {
+        const struct kv_run *run = &rec->runs[i];
+        struct kv_file file = {.kind = KV_FILE_LOG, .id = run->head.id};
+
+        if (run->head.first_seq != rec->seq + 1
+            || !kv_digest_equal(run->head.digest, rec->digest))
+            return kv_fail_corrupt(err, &file, 72,
+                                   "log does not follow what is before it");
+        rec->seq += run->batches;
+        rec->digest = run->digest;
+        db->found.open_logs++;
+        db->found.open_log_frames += run->frames;
+        db->found.open_log_batches += run->batches;
+        db->found.open_torn_bytes += run->torn_bytes;
+        if (run->torn_reason)
+            db->found.open_torn_reason = (uint32_t)run->torn_reason;
+    }
+    return KVMETA_OK;
+}
+
+/* Splits the keys into ranges of like size, by the first keys of the blocks
+ * of the largest table or by the entries of the largest log. */
+static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    size_t key_bytes = db->env.shape.key_bytes;
+    const struct kv_table *table = NULL;
+    const struct kv_run *run = NULL;
+    uint64_t records = 0;
+    size_t points;
+
+    for (size_t i = 0; i < db->tables_count; i++) {
+        const struct kv_table *t = &db->tables[i];
+
+        records += t->meta.records;
+        if (!table || t->meta.records > table->meta.records) table = t;
+    }
+    for (size_t i = 0; i < rec->runs_count; i++) {
+        records += rec->runs[i].count;
+        if (!run || rec->runs[i].count > run->count) run = &rec->runs[i];
+    }
+    if (table && run && run->count > table->meta.records) table = NULL;
+    points = table ? kv_table_blocks(table) : run ? run->count : 0;
+    /* Four ranges a thread even out those that take longer. */
+    rec->ranges = db->options.open_threads > 1
+        ? (size_t)kv_min(4 * (uint64_t)db->options.open_threads,
+                         records / 65536) : 1;
+    rec->ranges = (size_t)kv_max(1, kv_min(rec->ranges, points));
+    rec->bounds = kv_alloc(&db->env, rec->ranges * key_bytes);
+    rec->loaders = kv_alloc_zeroed(&db->env,
+                                   rec->ranges * sizeof *rec->loaders);
+    if (!rec->bounds || !rec->loaders)
+        return kv_fail_memory(err, rec->ranges * sizeof *rec->loaders);
+    for (size_t i = 1; i < rec->ranges; i++) {
+        size_t at = points * i / rec->ranges;
+        const unsigned char *key = table ? kv_table_block_key(table, at)
+            : run->bytes + (uint64_t)run->items[at].place * 8 + KV_ENTRY_BYTES;
+
+        memcpy(rec->bounds + (i - 1) * key_bytes, key, key_bytes);
+    }
+    for (size_t i = 0; i < rec->ranges; i++)
+        kv_loader_init(&db->tree, &rec->loaders[i]);
+    return KVMETA_OK;
+}
+
+/* All tables and logs, from <= key < to, as sources; oldest first. */
+struct kv_inputs {
+    struct kv_table_source *tables;
+    struct kv_run_source *runs;
+    struct kv_source **sources;
+    size_t count;
+};
+
+static int kv_inputs_open(struct kv_recovery *rec, struct kv_job *job,
+                          const void *from, const void *to, bool with_tables,
+                          struct kv_inputs *in, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    size_t tables = with_tables ? db->tables_count : 0;
+    int rc = KVMETA_OK;
+
+    memset(in, 0, sizeof *in);
+    in->tables = kv_alloc_zeroed(&db->env, (tables + 1) * sizeof *in->tables);
+    in->runs = kv_alloc_zeroed(&db->env,
+                               (rec->runs_count + 1) * sizeof *in->runs);
+    in->sources = kv_alloc(&db->env, (tables + rec->runs_count + 1)
+                           * sizeof *in->sources);
+    if (!in->tables || !in->runs || !in->sources)
+        return kv_fail_memory(err, (tables + 1) * sizeof *in->tables);
+    for (size_t i = 0; i < tables && !rc; i++) {
+        rc = kv_table_source_open(job, &db->tables[i], from, to,
+                                  &in->tables[i], err);
+        if (!rc) in->sources[in->count++] = &in->tables[i].base;
+    }
+    for (size_t i = 0; i < rec->runs_count; i++) {
+        kv_run_source_open(&db->env, &rec->runs[i], from, to, &in->runs[i]);
+        in->sources[in->count++] = &in->runs[i].base;
+    }
+    return rc;
+}
+
+static void kv_inputs_close(struct kv_recovery *rec, struct kv_inputs *in,
+                            size_t tables)
+{
+    struct kv_env *env = &rec->db->env;
+
+    for (size_t i = 0; i < tables && in->tables; i++)
+        kv_table_source_close(&in->tables[i]);
+    kv_free(env, in->tables);
+    kv_free(env, in->runs);
+    kv_free(env, in->sources);
+}
+
+static int kv_recover_range(struct kv_recovery *rec, size_t i,
+                            struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    size_t key_bytes = db->env.shape.key_bytes;
+    const void *from = i > 0 ? rec->bounds + (i - 1) * key_bytes : NULL;
+    const void *to = i + 1 < rec->ranges ? rec->bounds + i * key_bytes : NULL;
+    struct kv_loader *loader = &rec->loaders[i];
+    struct kv_merge merge = {0};
+    struct kv_inputs in;
+    struct kv_job job = {.env = &db->env};
+    int rc = kv_inputs_open(rec, &job, from, to, true, &in, err);
+
+    if (!rc) rc = kv_merge_open(&db->env, in.sources, in.count, &merge, err);
+    while (!rc) {
+        rc = merge.base.next(&merge.base, err);
+        if (!rc && merge.base.value)
+            rc = kv_loader_add(loader, merge.base.key, merge.base.value, err);
+    }
+    kv_merge_close(&merge);
+    kv_inputs_close(rec, &in, db->tables_count);
+    return rc == KV_END ? KVMETA_OK : rc;
+}
+
+/* P2: the records are the ones that were there when the last commit was. */
+static int kv_recover_digest(struct kv_recovery *rec, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    const struct kv_version *now = kv_tree_current(&db->tree);
+    struct kv_file file = {.kind = KV_FILE_MANIFEST};
+    uint64_t off = 56;
+
+    if (kv_digest_equal(now->digest, rec->digest)) return KVMETA_OK;
+    if (rec->runs_count > 0) {
+        file.kind = KV_FILE_LOG;
+        file.id = rec->runs[rec->runs_count - 1].head.id;
+        off = rec->runs[rec->runs_count - 1].end;
+    }
+    return kv_fail_corrupt(err, &file, off,
+                           "digest of the records is %016llx%016llx, "
+                           "want %016llx%016llx",
+                           (unsigned long long)now->digest.hi,
+                           (unsigned long long)now->digest.lo,
+                           (unsigned long long)rec->digest.hi,
+                           (unsigned long long)rec->digest.lo);
+}
+
+/* Unlisted files, and a mark from a later manifest. */
+static int kv_recover_check_files(struct kv_recovery *rec,
+                                  struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    struct kv_file manifest = {.kind = KV_FILE_MANIFEST};
+    int rc = KVMETA_OK;
+
+    for (unsigned i = 0; i < 2; i++)
+        if (rec->marks[i].counter && rec->marks[i].gen > db->manifest.gen)
+            return kv_fail_corrupt(err, &manifest, 32,
+                                   "generation %llu, but LOCK has seen %llu: "
+                                   "the manifest is stale",
+                                   (unsigned long long)db->manifest.gen,
+                                   (unsigned long long)rec->marks[i].gen);
+    for (size_t i = 0; i < rec->list.count && !rc; i++) {
+        const struct kv_file *f = &rec->list.files[i];
+
+        if (f->kind != KV_FILE_LOG && f->kind != KV_FILE_TABLE) continue;
+        if (!kv_manifest_names(&db->manifest, f))
+            rc = kv_check_unlisted(&db->env, &db->manifest, f, err);
+    }
+    return rc;
+}
+
+/* Reads and checks everything; writes nothing. */
+static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    struct kv_manifest *m = &db->manifest;
+    int rc = kv_manifest_read(&db->env, m, &rec->healed, err);
+
+    if (!rc && db->lock.open)
+        rc = kv_marks_read(&db->env, &db->lock, rec->marks, err);
+    if (!rc) rc = kv_recover_check_files(rec, err);
+    if (rc) return rc;
+
+    rec->runs_count = m->logs_count;
+    rec->runs = kv_alloc_zeroed(&db->env,
+                                (m->logs_count + 1) * sizeof *rec->runs);
+    db->tables_cap = m->tables_count + 1;
+    db->tables = kv_alloc_zeroed(&db->env, db->tables_cap * sizeof *db->tables);
+    if (!rec->runs || !db->tables)
+        return kv_fail_memory(err, db->tables_cap * sizeof *db->tables);
+    db->tables_count = m->tables_count;
+    db->tables_seq = m->seq;
+    db->tables_digest = m->digest;
+    db->next_id = kv_max(m->next_id, rec->list.id_max + 1);
+    db->found.open_tables = m->tables_count;
+    for (size_t i = 0; i < m->tables_count; i++)
+        db->found.open_table_records += m->tables[i].records;
+
+    rc = kv_parallel(rec, m->tables_count, kv_recover_table, err);
+    if (!rc) rc = kv_parallel(rec, rec->runs_count, kv_recover_log, err);
+    if (!rc) rc = kv_recover_chain(rec, err);
+    if (!rc) rc = kv_recover_split(rec, err);
+    if (!rc) rc = kv_parallel(rec, rec->ranges, kv_recover_range, err);
+    if (!rc)
+        rc = kv_tree_adopt(&db->tree, rec->loaders, rec->ranges, rec->seq,
+                           err);
+    if (!rc) rc = kv_recover_digest(rec, err);
+    return rc;
+}
+
+/* The newest log was live: what it holds goes into a table, with all logs
+ * before it. It is never appended to, and never trusted to be on disk. */
+static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    size_t count = db->tables_count;
+    uint64_t up_to = rec->runs[rec->runs_count - 1].head.id;
+    uint64_t first_seq = rec->runs[0].head.first_seq;
+    struct kv_table table = {0};
+    struct kvmeta_digest dropped;
+    struct kv_merge merge = {0};
+    struct kv_inputs in;
+    struct kv_job job;
+    int rc;
+
+    kv_job_init(db, &job);
+    rc = kv_inputs_open(rec, &job, NULL, NULL, false, &in, err);
+    if (!rc) rc = kv_merge_open(&db->env, in.sources, in.count, &merge, err);
+    if (!rc && rec->seq >= first_seq)
+        rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, count == 0,
+                          first_seq, rec->seq, &dropped, &table, err);
+    kv_merge_close(&merge);
+    kv_inputs_close(rec, &in, 0);
+    if (rc) return rc;
+    return kv_job_install(db, count, count, &table, up_to, rec->seq,
+                          rec->digest, err);
+}
+
+/* An empty swap: puts a damaged copy of the manifest right, and makes a new
+ * store. */
+static int kv_recover_swap(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_manifest next;
+    bool undone;
+    int rc;
+
+    pthread_mutex_lock(&db->swap_lock);
+    rc = kv_manifest_copy(&db->env, &db->manifest, &next, err);
+    if (!rc) rc = kv_store_swap(db, &next, NULL, &undone, err);
+    pthread_mutex_unlock(&db->swap_lock);
+    return rc;
+}
+
+/* Deletes what no manifest names. A failure leaves it to the next open. */
+static void kv_recover_clean(struct kv_recovery *rec)
+{
+    struct kvmeta *db = rec->db;
+
+    for (size_t i = 0; i < rec->list.count; i++) {
+        const struct kv_file *f = &rec->list.files[i];
+        bool ours = false;
+
+        if (kv_manifest_names(&db->manifest, f)) continue;
+        /* What this open has swapped out is unlinked already. */
+        for (size_t k = 0; k < rec->runs_count; k++)
+            ours = ours || (f->kind == KV_FILE_LOG
+                            && rec->runs[k].head.id == f->id);
+        if (!ours) db->found.open_garbage_files++;
+        if (!ours) kv_job_unlink(db, f->kind, f->id);
+    }
+}
+
+/* Brings the directory into the state of a store that runs. */
+static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
+{
+    struct kvmeta *db = rec->db;
+    bool live = kv_manifest_live(&db->manifest) != NULL;
+    int rc = KVMETA_OK;
+
+    /* What has been read may be in the cache only. */
+    if (!KV_MUTANT(11)) rc = kv_dir_sync(&db->env, err);
+    if (!rc && live)
+        rc = kv_recover_flush(rec, err);
+    else if (!rc && rec->healed)
+        rc = kv_recover_swap(db, err);
+    if (!rc && db->failed)
+        rc = kv_fail(err, KVMETA_E_IO, db->failed_error.sys_errno, "%s",
+                     db->failed_error.message);
+    if (!rc) kv_recover_clean(rec);
+    return rc;
+}
+
+static void kv_recovery_free(struct kv_recovery *rec)
+{
+    struct kv_env *env = &rec->db->env;
+
+    for (size_t i = 0; rec->runs && i < rec->runs_count; i++)
+        kv_run_free(env, &rec->runs[i]);
+    for (size_t i = 0; rec->loaders && i < rec->ranges; i++)
+        kv_loader_free(&rec->loaders[i]);
+    kv_free(env, rec->runs);
+    kv_free(env, rec->loaders);
+    kv_free(env, rec->bounds);
+    kv_free(env, rec->list.files);
+}
+
+/* ==========================================================================
+ * Open and close
+ *
+ * State of a handle: made (kv_store_new) -> locked -> recovered -> running
+ * (thread) -> closed. kv_store_free takes it apart from any of them.
+ * ========================================================================== */
+
+static void kv_store_free(struct kvmeta *db)
+{
+    struct kv_env env = db->env;
+
+    kv_tree_free(&db->tree);
+    for (size_t i = 0; db->tables && i < db->tables_count; i++)
+        kv_table_close(&env, &db->tables[i]);
+    kv_free(&env, db->tables);
+    kv_manifest_free(&env, &db->manifest);
+    kv_free(&env, db->buffer.bytes);
+    kv_file_close(&env, &db->log.file);
+    kv_file_close(&env, &db->log_retired);
+    kv_file_close(&env, &db->prepared.file);
+    kv_file_close(&env, &db->lock);
+    if (env.dir >= 0) env.vfs->dir_close(env.vfs->user, env.dir);
+    if (db->locks_made) {
+        pthread_mutex_destroy(&db->queue_lock);
+        pthread_mutex_destroy(&db->job_lock);
+        pthread_mutex_destroy(&db->swap_lock);
+        pthread_mutex_destroy(&db->mark_lock);
+        pthread_mutex_destroy(&db->state_lock);
+        pthread_cond_destroy(&db->work);
+        pthread_cond_destroy(&db->progress);
+    }
+    kv_free(&env, db->memory);
+}
+
+static int kv_store_make_locks(struct kvmeta *db)
+{
+    int e = pthread_mutex_init(&db->queue_lock, NULL);
+
+    if (!e) e = pthread_mutex_init(&db->job_lock, NULL);
+    if (!e) e = pthread_mutex_init(&db->swap_lock, NULL);
+    if (!e) e = pthread_mutex_init(&db->mark_lock, NULL);
+    if (!e) e = pthread_mutex_init(&db->state_lock, NULL);
+    if (!e) e = pthread_cond_init(&db->work, NULL);
+    if (!e) e = pthread_cond_init(&db->progress, NULL);
+    db->locks_made = e == 0;
+    return e;
+}
+
+static int kv_store_new(const struct kvmeta_options *options,
+                        struct kvmeta **out, struct kvmeta_error *err)
+{
+    size_t bytes = sizeof(struct kvmeta) + KV_CACHE_LINE;
+    struct kv_env env = {.vfs = options->vfs, .realloc_fn = options->realloc_fn,
+                         .log_fn = options->log_fn, .user = options->user,
+                         .dir = -1};
+    unsigned char *memory = kv_alloc_zeroed(&env, bytes);
+    struct kvmeta *db;
+    int rc;
+
+    if (!memory) return kv_fail_memory(err, bytes);
+    db = (struct kvmeta *)(void *)(memory
+        + (kv_align_up((uintptr_t)memory, KV_CACHE_LINE) - (uintptr_t)memory));
+    db->memory = memory;
+    db->env = env;
+    db->options = *options;
+    db->env.process_id = env.vfs->process_id(env.vfs->user);
+    rc = kv_shape_init(&db->env.shape, options->key_bytes,
+                       options->value_bytes);
+    assert(rc == KVMETA_OK);
+    kv_crc_init(&db->env.crc, true);
+    if (db->options.open_threads == 0) {
+        long cores = sysconf(_SC_NPROCESSORS_ONLN);
+
+        db->options.open_threads = (uint32_t)kv_min(
+            KV_OPEN_THREADS_MAX, cores > 0 ? (uint64_t)cores : 1);
+    }
+    kv_log_buffer_clear(&db->buffer);
+    if (kv_store_make_locks(db))
+        rc = kv_fail_memory(err, sizeof(struct kvmeta));
+    if (!rc)
+        rc = kv_tree_init(&db->tree, &db->env, options->memory_bytes_max, err);
+    if (rc) {
+        kv_store_free(db);
+        return rc;
+    }
+    *out = db;
+    return KVMETA_OK;
+}
+
+/* Opens the directory; creates it where it is missing and may be. */
+static int kv_open_dir(struct kvmeta *db, const char *path,
+                       struct kvmeta_error *err)
+{
+    const struct kvmeta_vfs *vfs = db->env.vfs;
+    uint32_t must = KVMETA_READ_ONLY | KVMETA_MUST_EXIST;
+    int e = vfs->dir_open(vfs->user, path, &db->env.dir);
+
+    if (e == ENOENT && !(db->options.flags & must)) {
+        e = vfs->dir_create(vfs->user, path);
+        if (!e) e = vfs->dir_sync_parent(vfs->user, path);
+        if (!e) e = vfs->dir_open(vfs->user, path, &db->env.dir);
+    } else if (e == ENOENT) {
+        return kv_fail(err, KVMETA_NOT_FOUND, e, "no such directory");
+    }
+    if (!e) return KVMETA_OK;
+    db->env.dir = -1;
+    return kv_fail(err, e == EROFS ? KVMETA_E_READONLY : e == ENOSPC
+                   ? KVMETA_E_NOSPACE : KVMETA_E_IO, e,
+                   "directory: error %d", e);
+}
+
+static int kv_open_lock(struct kvmeta *db, bool create,
+                        struct kvmeta_error *err)
+{
+    const struct kvmeta_vfs *vfs = db->env.vfs;
+    int flags = db->options.flags & KVMETA_READ_ONLY ? 0 : KVMETA_VFS_WRITE;
+    int rc;
+
+    if (create) flags |= KVMETA_VFS_CREATE;
+    rc = kv_file_open(&db->env, KV_FILE_LOCK, 0, flags, &db->lock, err);
+    if (rc) return rc;
+    rc = vfs->file_lock(vfs->user, db->lock.handle);
+    if (rc == EWOULDBLOCK || rc == EAGAIN)
+        return kv_fail(err, KVMETA_E_BUSY, rc,
+                       "LOCK: the store is open elsewhere");
+    return rc ? kv_fail_file(err, &db->lock, rc, "lock", 0) : KVMETA_OK;
+}
+
+/* A directory without a manifest: is a store to be made of it? */
+static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
+                          struct kvmeta_error *err)
+{
+    struct kv_file manifest = {.kind = KV_FILE_MANIFEST};
+    uint32_t must = KVMETA_READ_ONLY | KVMETA_MUST_EXIST;
+    int rc = KVMETA_OK;
+
+    if (rec->list.data)
+        return kv_fail_corrupt(err, &manifest, 0,
+                               "missing, but there are logs or tables");
+    if (rec->list.lock) {
+        struct kv_file lock = {0};
+
+        rc = kv_file_open(&db->env, KV_FILE_LOCK, 0, 0, &lock, err);
+        if (!rc) rc = kv_marks_read(&db->env, &lock, rec->marks, NULL);
+        kv_file_close(&db->env, &lock);
+        /* Any valid mark is one too many: also that of a foreign store. */
+        if (rc == KVMETA_E_CORRUPT || rec->marks[0].counter
+            || rec->marks[1].counter)
+            return kv_fail_corrupt(err, &manifest, 0,
+                                   "missing, but LOCK has marks");
+    }
+    if (rc) return rc;
+    if (db->options.flags & must)
+        return kv_fail(err, KVMETA_NOT_FOUND, 0, "there is no store");
+    return KVMETA_OK;
+}
+
+/* Makes a store in the locked directory: an empty manifest. */
+static int kv_open_create(struct kvmeta *db, struct kvmeta_error *err)
+{
+    int rc = db->env.vfs->random(db->env.vfs->user, db->env.uuid,
+                                 KV_UUID_BYTES);
+
+    if (rc)
+        return kv_fail(err, KVMETA_E_IO, rc, "random bytes: error %d", rc);
+    db->next_id = 1;
+    rc = kv_recover_swap(db, err);
+    if (!rc && db->failed)
+        rc = kv_fail(err, db->failed, db->failed_error.sys_errno, "%s",
+                     db->failed_error.message);
+    return rc;
+}
+
+/*
+ * Everything from the listing to the recovered store. Where LOCK is missing
+ * it is made last, once all else has been checked: a store that is found
+ * damaged is left as it was. *again: LOCK was made, check anew under it.
+ */
+static int kv_open_recover(struct kvmeta *db, struct kv_recovery *rec,
+                           bool *again, struct kvmeta_error *err)
+{
+    bool read_only = db->options.flags & KVMETA_READ_ONLY;
+    int rc;
+
+    *again = false;
+    rc = kv_listing_read(&db->env, &rec->list, err);
+    if (!rc && rec->list.lock && !db->lock.open)
+        rc = kv_open_lock(db, false, err);
+    if (rc) return rc;
+    if (!rec->list.manifest) {
+        rc = kv_open_absent(db, rec, err);
+        if (!rc && !db->lock.open) rc = kv_open_lock(db, true, err);
+        if (!rc) rc = kv_listing_read(&db->env, &rec->list, err);
+        if (!rc && !rec->list.manifest) return kv_open_create(db, err);
+        if (rc) return rc;        /* else another process was faster */
+    }
+    rc = kv_recover_read(rec, err);
+    if (rc || read_only) return rc;
+    if (!db->lock.open) {
+        *again = true;
+        return kv_open_lock(db, true, err);
+    }
+    for (unsigned i = 0; i < 2; i++)
+        if (rec->marks[i].counter > db->mark.counter)
+            db->mark = rec->marks[i];
+    db->found.open_healed = rec->healed;
+    return kv_recover_write(rec, err);
+}
+
+static int kv_open_once(const char *path, const struct kvmeta_options *options,
+                        bool locked_again, struct kvmeta **out, bool *again,
+                        struct kvmeta_error *err)
+{
+    struct kv_recovery rec = {0};
+    struct kvmeta *db = NULL;
+    uint64_t start;
+    int rc = kv_store_new(options, &db, err);
+
+    *again = false;
+    if (rc) return rc;
+    (void)locked_again;
+    start = kv_now(db);
+    rec.db = db;
+    rc = kv_open_dir(db, path, err);
+    if (!rc) rc = kv_open_recover(db, &rec, again, err);
+    kv_recovery_free(&rec);
+    if (!rc && !*again
+        && !(options->flags & (KVMETA_NO_THREAD | KVMETA_READ_ONLY))) {
+        int e = pthread_create(&db->thread, NULL, kv_worker_main, db);
+
+        db->has_thread = e == 0;
+        if (e) rc = kv_fail(err, KVMETA_E_NOMEM, e, "no thread: error %d", e);
+    }
+    if (rc || *again) {
+        kv_store_free(db);
+        return rc;
+    }
+    db->durable_seq = kv_tree_current(&db->tree)->seq;
+    db->found.open_ms = (kv_now(db) - start) / 1000000;
+    if (db->found.open_torn_bytes)
+        kv_log(&db->env, KVMETA_LOG_WARNING, "recovery: dropped %llu bytes "
+               "that were never acknowledged",
+               (unsigned long long)db->found.open_torn_bytes);
+    *out = db;
+    return KVMETA_OK;
+}
+
+int kvmeta_open(const char *dir, const struct kvmeta_options *options,
+                kvmeta **db, struct kvmeta_error *err)
+{
+    struct kvmeta_options o;
+    struct kvmeta_error own;
+    bool again;
+    int rc;
+
+    if (!err) err = &own;
+    memset(err, 0, sizeof *err);
+    if (!dir || !options || !db)
+        return kv_fail(err, KVMETA_E_INVALID, 0, "NULL argument");
+    rc = kv_options_normalize(options, &o, err);
+    if (!rc) rc = kv_open_once(dir, &o, false, db, &again, err);
+    if (!rc && again) rc = kv_open_once(dir, &o, true, db, &again, err);
+    if (!rc) memset(err, 0, sizeof *err);
+    assert(rc <= KVMETA_CONFLICT);
+    return rc;
+}
+
+/* Everything durable, the log sealed. */
+static int kv_close_seal(struct kvmeta *db)
+{
+    struct kv_request right = {.exclusive = true};
+    struct kvmeta_error err = {0};
+    int rc;
+
+    if (db->failed) return KVMETA_E_FAILED;
+    (void)kv_right_take(db, &right);
+    rc = kv_rotate(db, false, &err);
+    kv_right_give(db, NULL);
+    if (!rc && db->mark_dirty)
+        rc = kv_file_sync(&db->env, &db->lock, &err);
+    if (!rc && db->failed) rc = db->failed;
+    return rc;
+}
+
+int kvmeta_close(kvmeta *db)
+{
+    struct kv_tree_usage usage;
+    int rc = KVMETA_OK;
+
+    if (!db) return KVMETA_OK;
+    if (kv_forked(db)) {
+        /* The thread, and whoever held a lock, are in the parent: only the
+         * copy of its memory and descriptors goes. */
+        db->locks_made = false;
+        kv_tree_forget_lock(&db->tree);
+        kv_store_free(db);
+        return KVMETA_E_FORKED;
+    }
+    kv_tree_usage(&db->tree, &usage);
+    if (usage.snapshots) return KVMETA_E_INVALID;
+    db->stopping = true;
+    if (db->has_thread) {
+        kv_store_wake(db);
+        pthread_join(db->thread, NULL);
+        db->has_thread = false;
+    }
+    if (!(db->options.flags & KVMETA_READ_ONLY)) {
+        rc = kv_close_seal(db);
+        if (!rc && db->prepared.file.open)
+            kv_job_unlink(db, KV_FILE_LOG, db->prepared.head.id);
+    }
+    kv_store_free(db);
+    return rc;
+}
+
+/* ==========================================================================
+ * Public functions, in the order of the header
+ *
+ * Thin: check the arguments, call, return.
+ * ========================================================================== */
+
+const char *kvmeta_strerror(int code)
+{
+    switch (code) {
+    case KVMETA_OK: return "ok";
+    case KVMETA_NOT_FOUND: return "not found";
+    case KVMETA_CONFLICT: return "an expectation does not hold";
+    case KVMETA_E_INVALID: return "invalid argument";
+    case KVMETA_E_NOMEM: return "out of memory";
+    case KVMETA_E_IO: return "input/output error";
+    case KVMETA_E_NOSPACE: return "no space left";
+    case KVMETA_E_BUSY: return "the store is open elsewhere";
+    case KVMETA_E_CORRUPT: return "stored bytes are damaged";
+    case KVMETA_E_MISMATCH: return "the store has other widths";
+    case KVMETA_E_VERSION: return "unknown format version";
+    case KVMETA_E_READONLY: return "read-only";
+    case KVMETA_E_FAILED: return "an earlier write failed";
+    case KVMETA_E_LIMIT: return "a limit is reached";
+    case KVMETA_E_FORKED: return "the handle belongs to the parent process";
+    default: return "unknown result";
+    }
+}
+
+const char *kvmeta_version(void)
+{
+    return KVMETA_VERSION_STRING;
+}
+
+void kvmeta_options_init(struct kvmeta_options *options, uint32_t key_bytes,
+                         uint32_t value_bytes)
+{
+    if (!options) return;
+    memset(options, 0, sizeof *options);
+    options->struct_size = sizeof *options;
+    options->key_bytes = key_bytes;
+    options->value_bytes = value_bytes;
+}
+
+static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
+                         const void *key, void *value)
+{
+    const unsigned char *found = kv_tree_find(t, v, key);
+
+    if (!found) return KVMETA_NOT_FOUND;
+    if (value && t->leaf.data_bytes) memcpy(value, found, t->leaf.data_bytes);
+    return KVMETA_OK;
+}
+
+int kvmeta_get(kvmeta *db, const void *key, void *value)
+{
+    const struct kv_version *v;
+    unsigned slot;
+    int rc;
+
+    if (!db || !key) return KVMETA_E_INVALID;
+    if (!value && db->env.shape.value_bytes) return KVMETA_E_INVALID;
+    v = kv_tree_pin(&db->tree, &slot);
+    rc = kv_read_value(&db->tree, v, key, value);
+    kv_tree_unpin(&db->tree, slot);
+    return rc;
+}
+
+int kvmeta_has(kvmeta *db, const void *key)
+{
+    const struct kv_version *v;
+    unsigned slot;
+    int rc;
+
+    if (!db || !key) return KVMETA_E_INVALID;
+    v = kv_tree_pin(&db->tree, &slot);
+    rc = kv_read_value(&db->tree, v, key, NULL);
+    kv_tree_unpin(&db->tree, slot);
+    return rc;
+}
+
+int kvmeta_get_many(kvmeta *db, const void *keys, size_t n, void *values,
+                    unsigned char *found)
+{
+    struct kv_version *v;
+
+    if (!db || (n > 0 && (!keys || !found))) return KVMETA_E_INVALID;
+    if (n > 0 && !values && db->env.shape.value_bytes) return KVMETA_E_INVALID;
+    if (n <= KV_BATCH) {
+        unsigned slot;
+        const struct kv_version *now = kv_tree_pin(&db->tree, &slot);
+
+        kv_tree_find_many(&db->tree, now, keys, n, values, found);
+        kv_tree_unpin(&db->tree, slot);
+        return KVMETA_OK;
+    }
+    /* A slot is for short reads: it keeps the writer from working in place. */
+    v = kv_tree_hold(&db->tree);
+    kv_tree_find_many(&db->tree, v, keys, n, values, found);
+    kv_tree_drop(&db->tree, v);
+    return KVMETA_OK;
+}
+
+int kvmeta_scan(kvmeta *db, const void *from, const void *to,
+                int (*fn)(void *user, const void *key, const void *value),
+                void *user)
+{
+    struct kv_version *v;
+    struct kv_cursor c;
+    bool there;
+    int rc = KVMETA_OK;
+
+    if (!db || !fn) return KVMETA_E_INVALID;
+    v = kv_tree_hold(&db->tree);
+    kv_cursor_init(&db->tree, v, &c);
+    there = from ? kv_cursor_seek(&c, from) : kv_cursor_first(&c);
+    while (there && rc == 0) {
+        if (to && memcmp(kv_cursor_key(&c), to, db->env.shape.key_bytes) >= 0)
+            break;
+        rc = fn(user, kv_cursor_key(&c), kv_cursor_value(&c));
+        there = kv_cursor_next(&c);
+    }
+    kv_tree_drop(&db->tree, v);
+    return rc;
+}
+
+uint64_t kvmeta_count(kvmeta *db)
+{
+    unsigned slot;
+    uint64_t count;
+
+    if (!db) return 0;
+    count = kv_tree_pin(&db->tree, &slot)->count;
+    kv_tree_unpin(&db->tree, slot);
+    return count;
+}
+
+struct kvmeta_digest kvmeta_digest(kvmeta *db)
+{
+    struct kvmeta_digest digest = {0, 0};
+    unsigned slot;
+
+    if (!db) return digest;
+    digest = kv_tree_pin(&db->tree, &slot)->digest;
+    kv_tree_unpin(&db->tree, slot);
+    return digest;
+}
+
+/* The store's own durability where the flags say nothing; 0: bad flags. */
+static unsigned kv_durability(const struct kvmeta *db, unsigned flags)
+{
+    if (flags > KVMETA_BUFFERED) return 0;
+    return flags ? flags : db->options.durability;
+}
+
+/* A batch of one operation. */
+static int kv_write_one(kvmeta *db, int type, const void *key,
+                        const void *value, void *previous, unsigned flags,
+                        bool *found)
+{
+    struct kvmeta_op op = {type, key, value};
+    struct kv_request r = {.ops = &op, .n = 1, .changes = 1,
+                           .previous = previous};
+    int rc;
+
+    if (!db || !key) return KVMETA_E_INVALID;
+    if (type == KVMETA_OP_PUT && !value && db->env.shape.value_bytes)
+        return KVMETA_E_INVALID;
+    r.durability = kv_durability(db, flags);
+    if (!r.durability) return KVMETA_E_INVALID;
+    rc = kv_commit(db, &r);
+    if (!rc) *found = r.found;
+    return rc;
+}
+
+int kvmeta_put(kvmeta *db, const void *key, const void *value, unsigned flags)
+{
+    bool found;
+
+    return kv_write_one(db, KVMETA_OP_PUT, key, value, NULL, flags, &found);
+}
+
+int kvmeta_remove(kvmeta *db, const void *key, unsigned flags)
+{
+    bool found = false;
+    int rc = kv_write_one(db, KVMETA_OP_REMOVE, key, NULL, NULL, flags,
+                          &found);
+
+    if (rc) return rc;
+    return found ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_swap(kvmeta *db, const void *key, const void *value, void *previous,
+                unsigned flags)
+{
+    unsigned char small[256];
+    unsigned char *copy = small;
+    bool found = false;
+    int rc;
+
+    if (!db) return KVMETA_E_INVALID;
+    /* What is found goes out only once the commit has succeeded. */
+    if (db->env.shape.value_bytes > sizeof small) {
+        copy = kv_alloc(&db->env, db->env.shape.value_bytes);
+        if (!copy) return KVMETA_E_NOMEM;
+    }
+    rc = kv_write_one(db, KVMETA_OP_PUT, key, value, copy, flags, &found);
+    if (!rc && found && previous)
+        memcpy(previous, copy, db->env.shape.value_bytes);
+    if (copy != small) kv_free(&db->env, copy);
+    if (rc) return rc;
+    return found ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_write(kvmeta *db, const struct kvmeta_op *ops, size_t n,
+                 unsigned flags, uint64_t *seq)
+{
+    struct kv_request r = {.ops = ops, .n = n};
+    int rc;
+
+    if (!db || (n > 0 && !ops)) return KVMETA_E_INVALID;
+    for (size_t i = 0; i < n; i++) {
+        if (!ops[i].key) return KVMETA_E_INVALID;
+        if (ops[i].type < KVMETA_OP_PUT || ops[i].type > KVMETA_OP_EXPECT)
+            return KVMETA_E_INVALID;
+        if (ops[i].type == KVMETA_OP_PUT && !ops[i].value
+            && db->env.shape.value_bytes)
+            return KVMETA_E_INVALID;
+        r.changes += ops[i].type != KVMETA_OP_EXPECT;
+    }
+    r.durability = kv_durability(db, flags);
+    if (!r.durability) return KVMETA_E_INVALID;
+    rc = kv_commit(db, &r);
+    if (!rc && seq) *seq = r.seq;
+    return rc;
+}
+
+/* Operations, and the bytes that they point to. Offsets, not pointers, while
+ * the bytes may move. */
+struct kvmeta_batch {
+    kvmeta *db;
+    struct kvmeta_op *ops;
+    size_t count;
+    size_t cap;
+    unsigned char *bytes;         /* record_bytes for each operation */
+    size_t bytes_cap;
+};
+
+int kvmeta_batch_new(kvmeta *db, kvmeta_batch **batch)
+{
+    kvmeta_batch *b;
+
+    if (!db || !batch) return KVMETA_E_INVALID;
+    b = kv_alloc_zeroed(&db->env, sizeof *b);
+    if (!b) return KVMETA_E_NOMEM;
+    b->db = db;
+    *batch = b;
+    return KVMETA_OK;
+}
+
+static int kv_batch_add(kvmeta_batch *b, int type, const void *key,
+                        const void *value)
+{
+    const struct kv_shape *shape;
+    unsigned char *bytes;
+    int rc;
+
+    if (!b || !key) return KVMETA_E_INVALID;
+    shape = &b->db->env.shape;
+    if (type == KVMETA_OP_PUT && !value && shape->value_bytes)
+        return KVMETA_E_INVALID;
+    if (b->count >= KV_LOG_FRAME_BYTES_MAX / kv_log_slot_bytes(shape))
+        return KVMETA_E_LIMIT;
+    rc = kv_grow(&b->db->env, (void **)&b->ops, &b->cap, b->count + 1,
+                 sizeof *b->ops, NULL);
+    if (!rc)
+        rc = kv_grow(&b->db->env, (void **)&b->bytes, &b->bytes_cap,
+                     (b->count + 1) * shape->record_bytes, 1, NULL);
+    if (rc) return rc;
+    bytes = b->bytes + b->count * shape->record_bytes;
+    memcpy(bytes, key, shape->key_bytes);
+    if (value && type != KVMETA_OP_REMOVE && shape->value_bytes)
+        memcpy(bytes + shape->key_bytes, value, shape->value_bytes);
+    b->ops[b->count].type = type;
+    b->ops[b->count].key = NULL;  /* set when committed: bytes may move */
+    b->ops[b->count].value = value;
+    b->count++;
+    return KVMETA_OK;
+}
+
+int kvmeta_batch_put(kvmeta_batch *batch, const void *key, const void *value)
+{
+    return kv_batch_add(batch, KVMETA_OP_PUT, key, value);
+}
+
+int kvmeta_batch_remove(kvmeta_batch *batch, const void *key)
+{
+    return kv_batch_add(batch, KVMETA_OP_REMOVE, key, NULL);
+}
+
+int kvmeta_batch_expect(kvmeta_batch *batch, const void *key,
+                        const void *value)
+{
+    return kv_batch_add(batch, KVMETA_OP_EXPECT, key, value);
+}
+
+size_t kvmeta_batch_count(const kvmeta_batch *batch)
+{
+    return batch ? batch->count : 0;
+}
+
+void kvmeta_batch_clear(kvmeta_batch *batch)
+{
+    if (batch) batch->count = 0;
+}
+
+void kvmeta_batch_free(kvmeta_batch *batch)
+{
+    struct kv_env *env;
+
+    if (!batch) return;
+    env = &batch->db->env;
+    kv_free(env, batch->ops);
+    kv_free(env, batch->bytes);
+    kv_free(env, batch);
+}
+
+int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch, unsigned flags,
+                  uint64_t *seq)
+{
+    const struct kv_shape *shape;
+
+    if (!db || !batch || batch->db != db) return KVMETA_E_INVALID;
+    shape = &db->env.shape;
+    for (size_t i = 0; i < batch->count; i++) {
+        unsigned char *bytes = batch->bytes + i * shape->record_bytes;
+
+        batch->ops[i].key = bytes;
+        if (batch->ops[i].value) batch->ops[i].value = bytes + shape->key_bytes;
+    }
+    return kvmeta_write(db, batch->ops, batch->count, flags, seq);
+}
+
+struct kvmeta_snapshot {
+    kvmeta *db;
+    struct kv_version *version;
+};
+
+int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
+{
+    kvmeta_snapshot *s;
+
+    if (!db || !snapshot) return KVMETA_E_INVALID;
+    s = kv_alloc(&db->env, sizeof *s);
+    if (!s) return KVMETA_E_NOMEM;
+    s->db = db;
+    s->version = kv_tree_hold(&db->tree);
+    *snapshot = s;
+    return KVMETA_OK;
+}
+
+void kvmeta_snapshot_release(kvmeta_snapshot *snapshot)
+{
+    if (!snapshot) return;
+    kv_tree_drop(&snapshot->db->tree, snapshot->version);
+    kv_free(&snapshot->db->env, snapshot);
+}
+
+int kvmeta_snapshot_get(const kvmeta_snapshot *snapshot, const void *key,
+                        void *value)
+{
+    if (!snapshot || !key) return KVMETA_E_INVALID;
+    if (!value && snapshot->db->env.shape.value_bytes) return KVMETA_E_INVALID;
+    return kv_read_value(&snapshot->db->tree, snapshot->version, key, value);
+}
+
+int kvmeta_snapshot_get_many(const kvmeta_snapshot *snapshot, const void *keys,
+                             size_t n, void *values, unsigned char *found)
+{
+    if (!snapshot || (n > 0 && (!keys || !found))) return KVMETA_E_INVALID;
+    if (n > 0 && !values && snapshot->db->env.shape.value_bytes)
+        return KVMETA_E_INVALID;
+    kv_tree_find_many(&snapshot->db->tree, snapshot->version, keys, n, values,
+                      found);
+    return KVMETA_OK;
+}
+
+uint64_t kvmeta_snapshot_count(const kvmeta_snapshot *snapshot)
+{
+    return snapshot ? snapshot->version->count : 0;
+}
+
+uint64_t kvmeta_snapshot_seq(const kvmeta_snapshot *snapshot)
+{
+    return snapshot ? snapshot->version->seq : 0;
+}
+
+struct kvmeta_digest kvmeta_snapshot_digest(const kvmeta_snapshot *snapshot)
+{
+    struct kvmeta_digest none = {0, 0};
+
+    return snapshot ? snapshot->version->digest : none;
+}
+
+struct kvmeta_cursor {
+    struct kv_env *env;
+    struct kv_cursor at;
+};
+
+int kvmeta_cursor_open(kvmeta_snapshot *snapshot, kvmeta_cursor **cursor)
+{
+    kvmeta_cursor *c;
+
+    if (!snapshot || !cursor) return KVMETA_E_INVALID;
+    c = kv_alloc(&snapshot->db->env, sizeof *c);
+    if (!c) return KVMETA_E_NOMEM;
+    c->env = &snapshot->db->env;
+    kv_cursor_init(&snapshot->db->tree, snapshot->version, &c->at);
+    *cursor = c;
+    return KVMETA_OK;
+}
+
+void kvmeta_cursor_close(kvmeta_cursor *cursor)
+{
+    if (cursor) kv_free(cursor->env, cursor);
+}
+
+int kvmeta_cursor_first(kvmeta_cursor *cursor)
+{
+    if (!cursor) return KVMETA_E_INVALID;
+    return kv_cursor_first(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_cursor_last(kvmeta_cursor *cursor)
+{
+    if (!cursor) return KVMETA_E_INVALID;
+    return kv_cursor_last(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_cursor_seek(kvmeta_cursor *cursor, const void *key)
+{
+    if (!cursor || !key) return KVMETA_E_INVALID;
+    return kv_cursor_seek(&cursor->at, key) ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_cursor_seek_le(kvmeta_cursor *cursor, const void *key)
+{
+    if (!cursor || !key) return KVMETA_E_INVALID;
+    return kv_cursor_seek_le(&cursor->at, key) ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_cursor_next(kvmeta_cursor *cursor)
+{
+    if (!cursor) return KVMETA_E_INVALID;
+    return kv_cursor_next(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+int kvmeta_cursor_prev(kvmeta_cursor *cursor)
+{
+    if (!cursor) return KVMETA_E_INVALID;
+    return kv_cursor_prev(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+}
+
+const void *kvmeta_cursor_key(const kvmeta_cursor *cursor)
+{
+    return cursor && cursor->at.valid ? kv_cursor_key(&cursor->at) : NULL;
+}
+
+const void *kvmeta_cursor_value(const kvmeta_cursor *cursor)
+{
+    return cursor && cursor->at.valid ? kv_cursor_value(&cursor->at) : NULL;
+}
+
+int kvmeta_sync(kvmeta *db)
+{
+    struct kv_request barrier = {.durability = KVMETA_DURABLE};
+
+    if (!db) return KVMETA_E_INVALID;
+    return kv_commit(db, &barrier);
+}
+
+/* Is every log up to `id` in a table? */
+static bool kv_flushed(struct kvmeta *db, uint64_t id)
+{
+    bool flushed;
+
+    pthread_mutex_lock(&db->state_lock);
+    flushed = db->manifest.logs_count == 0 || db->manifest.logs[0].id > id;
+    pthread_mutex_unlock(&db->state_lock);
+    return flushed;
+}
+
+int kvmeta_flush(kvmeta *db)
+{
+    struct kv_request right = {.exclusive = true};
+    struct kvmeta_error err = {0};
+    uint64_t id = 0;
+    int rc;
+
+    if (!db) return KVMETA_E_INVALID;
+    if (kv_forked(db)) return KVMETA_E_FORKED;
+    if (db->options.flags & KVMETA_READ_ONLY) return KVMETA_E_READONLY;
+    (void)kv_right_take(db, &right);
+    rc = db->failed ? KVMETA_E_FAILED : kv_rotate(db, false, &err);
+    pthread_mutex_lock(&db->state_lock);
+    if (!rc && db->manifest.logs_count > 0) {
+        id = db->manifest.logs[db->manifest.logs_count - 1].id;
+        db->flush_wanted = true;
+    }
+    pthread_mutex_unlock(&db->state_lock);
+    kv_right_give(db, NULL);
+    return rc ? rc : kv_wait(db, kv_flushed, id);
+}
+
+/* Full compactions may also find nothing to do. */
+static bool kv_compacted(struct kvmeta *db, uint64_t unused)
+{
+    bool done;
+
+    (void)unused;
+    pthread_mutex_lock(&db->state_lock);
+    done = db->manifest.tables_count == 0
+        || (db->manifest.tables_count == 1
+            && db->manifest.tables[0].tombstones == 0)
+        || !db->full_wanted;
+    if (done) db->full_wanted = false;
+    pthread_mutex_unlock(&db->state_lock);
+    return done;
+}
+
+int kvmeta_compact(kvmeta *db)
+{
+    int rc = kvmeta_flush(db);
+
+    if (rc) return rc;
+    pthread_mutex_lock(&db->state_lock);
+    db->full_wanted = true;
+    pthread_mutex_unlock(&db->state_lock);
+    return kv_wait(db, kv_compacted, 0);
+}
+
+static bool kv_idle(struct kvmeta *db, uint64_t unused)
+{
+    struct kv_plan plan;
+
+    (void)unused;
+    pthread_mutex_lock(&db->job_lock);
+    kv_plan_make(db, &plan);
+    pthread_mutex_unlock(&db->job_lock);
+    return plan.step == KV_STEP_NONE;
+}
+
+int kvmeta_wait_idle(kvmeta *db)
+{
+    if (!db) return KVMETA_E_INVALID;
+    if (kv_forked(db)) return KVMETA_E_FORKED;
+    if (db->options.flags & KVMETA_READ_ONLY) return KVMETA_E_READONLY;
+    return kv_wait(db, kv_idle, 0);
+}
+
+int kvmeta_step(kvmeta *db, int *did_work)
+{
+    bool did = false;
+    int rc;
+
+    if (!db || !did_work) return KVMETA_E_INVALID;
+    if (!(db->options.flags & KVMETA_NO_THREAD)) return KVMETA_E_INVALID;
+    if (kv_forked(db)) return KVMETA_E_FORKED;
+    if (db->options.flags & KVMETA_READ_ONLY) return KVMETA_E_READONLY;
+    if (db->failed) return KVMETA_E_FAILED;
+    rc = kv_step_once(db, &did);
+    if (rc == KVMETA_OK) *did_work = did;
+    return rc;
+}
+
+/* Every table and every sealed log, byte for byte. Job lock held. */
+static int kv_verify_files(struct kvmeta *db, struct kvmeta_error *err)
+{
+    struct kv_log_meta logs[KV_MANIFEST_LOGS_MAX];
+    struct kv_job job;
+    size_t count;
+    int rc = KVMETA_OK;
+
+    kv_job_init(db, &job);
+    for (size_t i = 0; i < db->tables_count && !rc; i++)
+        rc = kv_table_verify(&job, &db->tables[i], err);
+    pthread_mutex_lock(&db->state_lock);
+    count = kv_logs_waiting_locked(db);
+    memcpy(logs, db->manifest.logs, count * sizeof *logs);
+    pthread_mutex_unlock(&db->state_lock);
+    for (size_t i = 0; i < count && !rc; i++) {
+        struct kv_run run;
+
+        rc = kv_run_load(&db->env, &logs[i], 0, &run, err);
+        kv_run_free(&db->env, &run);
+    }
+    return rc;
+}
+
+int kvmeta_verify(kvmeta *db, struct kvmeta_error *err)
+{
+    struct kvmeta_error own;
+    struct kv_version *v;
+    const char *rule;
+    int rc;
+
+    if (!err) err = &own;
+    memset(err, 0, sizeof *err);
+    if (!db) return kv_fail(err, KVMETA_E_INVALID, 0, "NULL argument");
+    v = kv_tree_hold(&db->tree);
+    rule = kv_tree_check(&db->tree, v);
+    kv_tree_drop(&db->tree, v);
+    if (rule)
+        return kv_fail(err, KVMETA_E_CORRUPT, 0, "memory: %s", rule);
+    if (kv_forked(db))
+        return kv_fail(err, KVMETA_E_FORKED, 0, "forked child");
+    pthread_mutex_lock(&db->job_lock);
+    rc = kv_verify_files(db, err);
+    pthread_mutex_unlock(&db->job_lock);
+    if (rc != KVMETA_E_CORRUPT || (db->options.flags & KVMETA_READ_ONLY))
+        return rc;
+    pthread_mutex_lock(&db->state_lock);
+    db->heal_wanted = true;
+    pthread_cond_signal(&db->work);
+    pthread_mutex_unlock(&db->state_lock);
+    return rc;
+}
+
+int kvmeta_last_error(kvmeta *db, struct kvmeta_error *err)
+{
+    struct kvmeta_error now;
+
+    if (!db) return KVMETA_E_INVALID;
+    pthread_mutex_lock(&db->state_lock);
+    now = db->failed ? db->failed_error : db->background_error;
+    pthread_mutex_unlock(&db->state_lock);
+    if (err) *err = now;
+    return now.code;
+}
+
+/* ==========================================================================
+ * Statistics
+ * ========================================================================== */
+
+static void kv_stats_files(struct kvmeta *db, struct kvmeta_stats *s)
+{
+    pthread_mutex_lock(&db->state_lock);
+    s->tables = db->manifest.tables_count;
+    for (size_t i = 0; i < db->manifest.tables_count; i++) {
+        s->table_bytes += db->manifest.tables[i].bytes;
+        s->table_records += db->manifest.tables[i].records;
+    }
+    for (size_t i = 0; i < db->manifest.logs_count; i++)
+        s->log_bytes += db->manifest.logs[i].live ? db->log_end
+                                                  : db->manifest.logs[i].bytes;
+    s->logs_waiting = kv_logs_waiting_locked(db);
+    pthread_mutex_unlock(&db->state_lock);
+}
+
+static void kv_stats_counters(struct kvmeta *db, struct kvmeta_stats *s)
+{
+    s->user_bytes = db->counters.user_bytes;
+    s->bytes_logged = db->counters.bytes_logged;
+    s->bytes_written = db->env.bytes_written;
+    s->bytes_read = db->env.bytes_read;
+    s->commits = db->counters.commits;
+    s->groups = db->counters.groups;
+    s->group_commits_max = db->counters.group_commits_max;
+    s->syncs = db->counters.syncs;
+    s->rotations = db->counters.rotations;
+    s->flushes = db->counters.flushes;
+    s->merges = db->counters.merges;
+    s->full_compactions = db->counters.full_compactions;
+    s->heals = db->counters.heals;
+    s->stalls = db->counters.stalls;
+    s->stall_us = db->counters.stall_us;
+    s->background_errors = db->counters.background_errors;
+    s->leader_handovers = db->counters.leader_handovers;
+    if (s->user_bytes)
+        s->write_amplification = (double)s->bytes_written
+            / (double)s->user_bytes;
+    if (s->records)
+        s->space_amplification = (double)s->table_records / (double)s->records;
+}
+
+int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
+{
+    const struct kv_version *v;
+    struct kv_tree_usage usage;
+    struct kvmeta_stats s;
+    unsigned slot;
+    size_t bytes;
+
+    if (!db || !stats || stats->struct_size < sizeof stats->struct_size)
+        return KVMETA_E_INVALID;
+    bytes = stats->struct_size;
+    s = db->found;
+    v = kv_tree_pin(&db->tree, &slot);
+    s.records = v->count;
+    s.seq = v->seq;
+    kv_tree_unpin(&db->tree, slot);
+    s.logical_bytes = s.records * db->env.shape.record_bytes;
+    s.durable_seq = db->durable_seq;
+    kv_tree_usage(&db->tree, &usage);
+    s.resident_bytes = usage.resident_bytes;
+    s.pinned_bytes = usage.pinned_bytes;
+    s.snapshots = usage.snapshots;
+    s.oldest_snapshot_seq = usage.oldest_snapshot_seq;
+    s.versions_copied = usage.copied;
+    s.versions_in_place = usage.in_place;
+    kv_stats_files(db, &s);
+    kv_stats_counters(db, &s);
+    s.struct_size = bytes;
+    memcpy(stats, &s, (size_t)kv_min(bytes, sizeof s));
+    return KVMETA_OK;
+}
+
+void kvmeta_u64_to_key(uint64_t number, void *key8)
+{
+    kv_store_be64(key8, number);
+}
+
+uint64_t kvmeta_key_to_u64(const void *key8)
+{
+    return kv_load_be64(key8);
+}

@@ -1,0 +1,472 @@
+/*
+ * Background work: flush, merge, compaction, back-pressure, healing, and the
+ * errors that it meets.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "unit.h"
+
+static void step_until_idle(kvmeta *db)
+{
+    int did = 1, steps = 0;
+
+    while (did) {
+        unit_ok(kvmeta_step(db, &did));
+        assert_true(steps++ < 10000);
+    }
+}
+
+/* --------------------------------------------------------------------------
+ * Flush and compaction
+ * -------------------------------------------------------------------------- */
+
+/* Goal: after a flush what was in logs is in tables, on disk, too; a second
+ * flush has nothing to do. */
+static void check_flush(struct unit *u, uint32_t flags)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_stats s;
+    kvmeta *db;
+
+    options.flags = flags;
+    db = unit_open(u, &options);
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_stats(db).tables == 0);
+    unit_fill(db, 0, 1000, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    s = unit_stats(db);
+    assert_true(s.tables == 1 && s.table_records == 1000);
+    assert_true(s.logs_waiting == 0 && s.durable_seq == s.seq);
+    assert_true(s.flushes == 1 && s.rotations >= 1);
+    assert_int_equal(unit_files(u, ".tab"), 1);
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_stats(db).flushes == 1);
+    unit_holds(db, 0, 1000, 0);
+    unit_close(db);
+    db = unit_open(u, &options);
+    assert_true(unit_stats(db).open_table_records == 1000);
+    unit_holds(db, 0, 1000, 0);
+    unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void flush_moves_the_log_into_a_table(struct unit *u)
+{
+    check_flush(u, 0);
+    check_flush(u, KVMETA_NO_THREAD);
+}
+
+/* Goal: compaction leaves one table that holds each record once and nothing
+ * else: no tombstone, no shadowed record; none when there is no record. */
+static void check_compact(struct unit *u, uint32_t flags)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_digest digest;
+    struct kvmeta_stats s;
+    unsigned char key[8];
+    kvmeta *db;
+    uint64_t i;
+
+    options.flags = flags;
+    db = unit_open(u, &options);
+    for (i = 0; i < 5; i++) {
+        unit_fill(db, 100 * i, 100 * i + 500, i, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+    }
+    for (i = 0; i < 100; i++) {
+        unit_key(8, i, key);
+        unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+    }
+    digest = kvmeta_digest(db);
+    unit_ok(kvmeta_compact(db));
+    s = unit_stats(db);
+    assert_true(s.tables == 1 && s.records == 800);
+    assert_true(s.table_records == 800 && s.logs_waiting == 0);
+    assert_int_equal(unit_files(u, ".tab"), 1);
+    unit_same_digest(kvmeta_digest(db), digest);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_same_digest(kvmeta_digest(db), digest);
+    for (i = 100; i < 900; i++) {
+        unit_key(8, i, key);
+        unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+    }
+    unit_ok(kvmeta_compact(db));
+    assert_true(unit_stats(db).table_records == 0);
+    unit_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == 0);
+    unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void compact_leaves_one_table_without_tombstones(struct unit *u)
+{
+    check_compact(u, 0);
+    check_compact(u, KVMETA_NO_THREAD);
+}
+
+/* Goal: adjacent tables of like size are merged: their number stays small,
+ * the records what they were. */
+static void tables_of_like_size_are_merged(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_stats s;
+    kvmeta *db;
+    uint64_t i;
+
+    options.merge_window = 2;
+    options.space_amp_max = 100;
+    db = unit_open(u, &options);
+    for (i = 0; i < 20; i++) {
+        unit_fill(db, 100 * i, 100 * i + 100, 0, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+        step_until_idle(db);
+    }
+    s = unit_stats(db);
+    assert_true(s.merges > 0 && s.tables < 10);
+    assert_true(s.table_records == 2000);
+    unit_holds(db, 0, 2000, 0);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+/* Goal: the tables never stay above space_amp_max times the records. */
+static void space_amp_max_is_kept(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_stats s;
+    kvmeta *db;
+    uint64_t i;
+
+    options.space_amp_max = 1.5;
+    db = unit_open(u, &options);
+    for (i = 0; i < 12; i++) {
+        unit_fill(db, 0, 1000, i, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+        step_until_idle(db);
+        s = unit_stats(db);
+        assert_true(s.table_records <= 1500);
+        assert_true(s.space_amplification <= 1.5);
+    }
+    assert_true(s.full_compactions >= 3);
+    unit_holds(db, 0, 1000, 11);
+    unit_close(db);
+}
+
+/* --------------------------------------------------------------------------
+ * With and without a thread
+ * -------------------------------------------------------------------------- */
+
+/* Goal: step is for stores without a thread; there it does all the work. */
+static void step_does_the_work_of_the_thread(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_stats s;
+    kvmeta *db = unit_open(u, &options);
+    int did = 77;
+
+    unit_is(kvmeta_step(db, &did), KVMETA_E_INVALID);
+    assert_int_equal(did, 77);
+    unit_close(db);
+    options.flags = KVMETA_NO_THREAD;
+    options.log_bytes_max = 65536;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 8000, 0, KVMETA_WRITTEN);
+    s = unit_stats(db);
+    assert_true(s.rotations >= 2 && s.flushes == 0 && s.logs_waiting >= 2);
+    unit_ok(kvmeta_step(db, &did));
+    assert_int_equal(did, 1);
+    step_until_idle(db);
+    s = unit_stats(db);
+    assert_true(s.logs_waiting == 0 && s.flushes >= 1 && s.tables >= 1);
+    unit_ok(kvmeta_step(db, &did));
+    assert_int_equal(did, 0);
+    unit_holds(db, 0, 8000, 0);
+    unit_close(db);
+}
+
+/* Goal: wait_idle returns when nothing is left; the thread got there alone. */
+static void wait_idle_waits_for_all_of_it(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_stats s;
+    kvmeta *db;
+
+    options.log_bytes_max = 65536;
+    options.merge_window = 2;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 30000, 0, KVMETA_WRITTEN);
+    unit_ok(kvmeta_wait_idle(db));
+    s = unit_stats(db);
+    assert_true(s.logs_waiting == 0 && s.flushes >= 1 && s.tables >= 1);
+    unit_holds(db, 0, 30000, 0);
+    unit_close(db);
+    options.flags = KVMETA_NO_THREAD;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10000, 1, KVMETA_WRITTEN);
+    assert_true(unit_stats(db).logs_waiting > 0);
+    unit_ok(kvmeta_wait_idle(db));
+    assert_true(unit_stats(db).logs_waiting == 0);
+    unit_close(db);
+}
+
+/* --------------------------------------------------------------------------
+ * Back-pressure and the brake
+ * -------------------------------------------------------------------------- */
+
+static int slow_table(void *user, int file)
+{
+    unit_sleep_ms(20);
+    return unit_fault_sync(user, file);
+}
+
+/* Goal: when the background is too slow writers wait instead of letting the
+ * logs pile up; the statistics say how often and how long. */
+static void writers_wait_for_a_slow_background(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct unit_faults faults;
+    struct kvmeta_stats s;
+    kvmeta *db;
+    uint64_t i;
+
+    unit_faults_init(&faults);
+    faults.vfs.file_sync = slow_table;
+    options.vfs = &faults.vfs;
+    options.log_bytes_max = 65536;
+    options.compaction_bytes_per_s = 1 << 20;
+    db = unit_open(u, &options);
+    for (i = 0; i < 40; i++) {
+        unit_fill(db, 0, 2000, i, KVMETA_WRITTEN);
+        s = unit_stats(db);
+        assert_true(s.logs_waiting <= 9);
+    }
+    assert_true(s.stalls > 0 && s.stall_us > 0);
+    unit_holds(db, 0, 2000, 39);
+    unit_close(db);
+}
+
+/* Goal: compaction_bytes_per_s brakes. Method: the same compaction with and
+ * without; incompressible values, so that bytes are bytes. */
+static uint64_t compaction_ms(struct unit *u, uint64_t bytes_per_s)
+{
+    struct kvmeta_options options = unit_options(u, 8, 1000);
+    struct test_rng rng = {test_args.seed};
+    unsigned char key[8], value[1000];
+    uint64_t i, begin;
+    kvmeta *db;
+
+    options.compaction_bytes_per_s = bytes_per_s;
+    db = unit_open(u, &options);
+    for (i = 0; i < 1000; i++) {
+        unit_key(8, i, key);
+        test_rng_bytes(&rng, value, sizeof value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+    }
+    begin = unit_now_ms();
+    unit_ok(kvmeta_compact(db));
+    begin = unit_now_ms() - begin;
+    unit_close(db);
+    unit_remove_tree(u->dir);
+    return begin;
+}
+
+static void compaction_bytes_per_s_is_a_brake(struct unit *u)
+{
+    uint64_t free_ms = compaction_ms(u, 0);
+    uint64_t slow_ms = compaction_ms(u, 1 << 20);
+
+    assert_true(slow_ms >= 500);
+    assert_true(slow_ms > free_ms);
+}
+
+/* --------------------------------------------------------------------------
+ * Verify and heal
+ * -------------------------------------------------------------------------- */
+
+/* Flips a byte in the middle of a file while the store is open: verify must
+ * name the file, the background must write the data anew, and then all is
+ * well, in memory and at the next open. */
+static void check_heal(struct unit *u, const char *suffix, uint32_t flags)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_digest digest;
+    struct kvmeta_error err;
+    struct kvmeta_stats s;
+    char name[64];
+    kvmeta *db;
+
+    options.flags = flags;
+    options.log_bytes_max = 65536;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 3000, 0, KVMETA_BUFFERED);
+    if (strcmp(suffix, ".tab") == 0) {
+        unit_ok(kvmeta_flush(db));
+    }
+    unit_fill(db, 2000, 6000, 1, KVMETA_BUFFERED);
+    unit_ok(kvmeta_sync(db));
+    unit_ok(kvmeta_verify(db, &err));
+    digest = kvmeta_digest(db);
+    assert_true(unit_find(u, suffix, 0, name));
+    unit_flip(u, name, unit_size(u, name) / 2);
+    memset(&err, 0, sizeof err);
+    unit_is(kvmeta_verify(db, &err), KVMETA_E_CORRUPT);
+    assert_int_equal(err.code, KVMETA_E_CORRUPT);
+    assert_non_null(strstr(err.message, name));
+    unit_ok(kvmeta_wait_idle(db));
+    s = unit_stats(db);
+    assert_true(s.heals == 1);
+    assert_true(atomic_load(&u->alloc.logs[KVMETA_LOG_WARNING]) +
+                atomic_load(&u->alloc.logs[KVMETA_LOG_ERROR]) > 0);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_ok(kvmeta_last_error(db, NULL));
+    unit_same_digest(kvmeta_digest(db), digest);
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_same_digest(kvmeta_digest(db), digest);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void a_damaged_table_is_healed_from_memory(struct unit *u)
+{
+    check_heal(u, ".tab", KVMETA_NO_THREAD);
+    check_heal(u, ".tab", 0);
+}
+
+/* A sealed log waits only where no thread takes it away. */
+static void a_damaged_sealed_log_is_healed_from_memory(struct unit *u)
+{
+    check_heal(u, ".wal", KVMETA_NO_THREAD);
+}
+
+/* Goal: a merge that meets damage heals it, too: nobody asked for a verify. */
+static void a_merge_over_a_damaged_table_heals_it(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    char name[64];
+    kvmeta *db = unit_open(u, &options);
+
+    unit_fill(db, 0, 1000, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    unit_fill(db, 1000, 2000, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_find(u, ".tab", 0, name));
+    unit_flip(u, name, unit_size(u, name) / 2);
+    unit_ok(kvmeta_compact(db));
+    assert_true(unit_stats(db).heals == 1);
+    assert_true(unit_stats(db).table_records == 2000);
+    unit_holds(db, 0, 2000, 0);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_holds(db, 0, 2000, 0);
+    unit_close(db);
+}
+
+/* --------------------------------------------------------------------------
+ * Errors of the background work
+ * -------------------------------------------------------------------------- */
+
+/* Goal: a table that cannot be written is an error of flush and of
+ * last_error with file and errno, not of the writers; it is overcome as soon
+ * as it can be, and then forgotten. */
+static void check_background_error(struct unit *u, uint32_t flags)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct unit_faults faults;
+    struct kvmeta_error err;
+    kvmeta *db;
+
+    unit_faults_init(&faults);
+    faults.create_suffix = ".tab";
+    options.vfs = &faults.vfs;
+    options.flags = flags;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
+    atomic_store(&faults.create_errno, EMFILE);
+    unit_is(kvmeta_flush(db), KVMETA_E_IO);
+    unit_is(kvmeta_last_error(db, &err), KVMETA_E_IO);
+    assert_int_equal(err.code, KVMETA_E_IO);
+    assert_int_equal(err.sys_errno, EMFILE);
+    assert_non_null(strstr(err.message, ".tab"));
+    assert_true(unit_stats(db).background_errors > 0);
+    unit_fill(db, 100, 200, 0, KVMETA_DURABLE);
+    atomic_store(&faults.create_errno, 0);
+    unit_ok(kvmeta_flush(db));
+    memset(&err, 0x5a, sizeof err);
+    unit_ok(kvmeta_last_error(db, &err));
+    assert_int_equal(err.code, 0);
+    unit_holds(db, 0, 200, 0);
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_holds(db, 0, 200, 0);
+    unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void a_background_error_is_kept_until_overcome(struct unit *u)
+{
+    check_background_error(u, KVMETA_NO_THREAD);
+    check_background_error(u, 0);
+}
+
+/* Goal: a store in which nothing went wrong says so. */
+static void a_healthy_store_has_no_last_error(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    kvmeta *db = unit_open(u, &options);
+    struct kvmeta_error err;
+
+    unit_fill(db, 0, 10, 0, 0);
+    memset(&err, 0x5a, sizeof err);
+    unit_ok(kvmeta_last_error(db, &err));
+    assert_int_equal(err.code, 0);
+    assert_int_equal(err.sys_errno, 0);
+    assert_non_null(memchr(err.message, 0, sizeof err.message));
+    unit_close(db);
+}
+
+/* Goal: closing with work left to do leaves it to the next open. */
+static void close_does_not_wait_for_the_backlog(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db;
+
+    options.log_bytes_max = 65536;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10000, 0, KVMETA_WRITTEN);
+    assert_true(unit_stats(db).logs_waiting >= 2);
+    unit_close(db);
+    assert_int_equal(unit_files(u, ".tab"), 0);
+    options.flags = 0;
+    db = unit_open(u, &options);
+    assert_true(unit_stats(db).open_logs >= 3);
+    unit_holds(db, 0, 10000, 0);
+    unit_ok(kvmeta_wait_idle(db));
+    assert_true(unit_stats(db).logs_waiting == 0);
+    unit_close(db);
+    assert_true(unit_files(u, ".tab") >= 1);
+}
+
+static struct unit_case cases[] = {
+    UNIT_CASE(flush_moves_the_log_into_a_table),
+    UNIT_CASE(compact_leaves_one_table_without_tombstones),
+    UNIT_CASE(tables_of_like_size_are_merged),
+    UNIT_CASE(space_amp_max_is_kept),
+    UNIT_CASE(step_does_the_work_of_the_thread),
+    UNIT_CASE(wait_idle_waits_for_all_of_it),
+    UNIT_CASE(writers_wait_for_a_slow_background),
+    UNIT_CASE(compaction_bytes_per_s_is_a_brake),
+    UNIT_CASE(a_damaged_table_is_healed_from_memory),
+    UNIT_CASE(a_damaged_sealed_log_is_healed_from_memory),
+    UNIT_CASE(a_merge_over_a_damaged_table_heals_it),
+    UNIT_CASE(a_background_error_is_kept_until_overcome),
+    UNIT_CASE(a_healthy_store_has_no_last_error),
+    UNIT_CASE(close_does_not_wait_for_the_backlog),
+};
+
+UNIT_MAIN(cases)
