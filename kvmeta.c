@@ -1763,7 +1763,7 @@ static void kv_tree_drop(struct kv_tree *t, struct kv_version *v)
  *
  * The only code that changes nodes. One writer at a time. (E1) a node is
  * changed only if it was made in the edit's own gen, and is copied first
- * otherwise; (E2) after kv_edit_reserve the changes cannot fail.
+ * otherwise; (E2) after kv_tree_reserve the changes cannot fail.
  * ========================================================================== */
 
 struct kv_edit {
@@ -1792,7 +1792,8 @@ static void kv_tree_need(const struct kv_tree *t, uint64_t n,
 }
 
 static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
-                                  uint64_t nodes, struct kvmeta_error *err)
+                                  uint64_t nodes, bool limited,
+                                  struct kvmeta_error *err)
 {
     int rc = KVMETA_OK;
 
@@ -1801,7 +1802,7 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
     pool->reserved = (size_t)kv_max(pool->reserved, nodes);
     while (!rc && pool->free_nodes < nodes) {
         uint64_t bytes = t->leaves.bytes + t->inners.bytes;
-        uint64_t room = t->memory_bytes_max == 0 ? UINT64_MAX
+        uint64_t room = t->memory_bytes_max == 0 || !limited ? UINT64_MAX
             : t->memory_bytes_max - kv_min(bytes, t->memory_bytes_max);
 
         rc = kv_pool_grow(pool, room, err);
@@ -1810,8 +1811,9 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
 }
 
 /* After OK, `changes` more puts and removes cannot fail, until the next
- * publish or abort. */
-static int kv_tree_reserve(struct kv_tree *t, size_t changes,
+ * publish or abort. limited: memory_bytes_max counts; not for removes alone,
+ * or a store at its limit could not be made smaller. */
+static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
                            struct kvmeta_error *err)
 {
     uint64_t leaves;
@@ -1827,18 +1829,13 @@ static int kv_tree_reserve(struct kv_tree *t, size_t changes,
     }
     pthread_mutex_lock(&t->lock);
     kv_tree_need(t, changes, &leaves, &inners);
-    rc = kv_pool_reserve_locked(t, &t->leaves, leaves, err);
-    if (!rc) rc = kv_pool_reserve_locked(t, &t->inners, inners, err);
+    rc = kv_pool_reserve_locked(t, &t->leaves, leaves, limited, err);
+    if (!rc)
+        rc = kv_pool_reserve_locked(t, &t->inners, inners, limited, err);
     if (rc) t->leaves.reserved = t->inners.reserved = 0;
     if (rc) kv_tree_trim_locked(t);
     pthread_mutex_unlock(&t->lock);
     return rc;
-}
-
-static int kv_edit_reserve(struct kv_edit *e, size_t changes,
-                           struct kvmeta_error *err)
-{
-    return kv_tree_reserve(e->tree, changes, err);
 }
 
 /* Closes the gate, if nobody is inside and nobody holds the version. */
@@ -2665,7 +2662,7 @@ static int kv_load_node(struct kv_tree *t, uint32_t level,
     int rc;
 
     pthread_mutex_lock(&t->lock);
-    rc = kv_pool_reserve_locked(t, pool, 1, err);
+    rc = kv_pool_reserve_locked(t, pool, 1, true, err);
     node = rc ? NULL : kv_pool_take(pool);
     pthread_mutex_unlock(&t->lock);
     if (rc) return rc;
@@ -3278,7 +3275,7 @@ static void kv_plane_decode(int mode, unsigned char *x,
 }
 
 /* ==========================================================================
- * Block layout
+ * Block scheme
  *
  * How a block is to be encoded: the mode of each plane, and where the zstd
  * frame is cut into zstd blocks. A zstd block has one Huffman code for all of
@@ -3288,23 +3285,23 @@ static void kv_plane_decode(int mode, unsigned char *x,
  * ========================================================================== */
 
 enum {
-    KV_LAYOUT_PLANES_MAX = 2048,
-    KV_LAYOUT_SAMPLE = 512,       /* bytes of a plane that are looked at */
-    KV_LAYOUT_RUNS = 8,           /* in so many runs */
-    KV_LAYOUT_BIT = 1024,         /* one bit of entropy */
-    KV_LAYOUT_CUT_BITS = 1280     /* what a Huffman code of its own costs */
+    KV_SCHEME_PLANES_MAX = 2048,
+    KV_SCHEME_SAMPLE = 512,       /* bytes of a plane that are looked at */
+    KV_SCHEME_RUNS = 8,           /* in so many runs */
+    KV_SCHEME_BIT = 1024,         /* one bit of entropy */
+    KV_SCHEME_CUT_BITS = 1280     /* what a Huffman code of its own costs */
 };
 
 /* What a sample of bytes looks like. */
 struct kv_histogram {
     uint32_t count[256];
     uint32_t total;
-    uint64_t bits;                /* of an order-0 code, in 1 / KV_LAYOUT_BIT */
+    uint64_t bits;                /* of an order-0 code, in 1 / KV_SCHEME_BIT */
 };
 
-struct kv_block_layout {
-    uint8_t mode[KV_LAYOUT_PLANES_MAX];
-    bool cut[KV_LAYOUT_PLANES_MAX]; /* a zstd block starts with this plane */
+struct kv_scheme {
+    uint8_t mode[KV_SCHEME_PLANES_MAX];
+    bool cut[KV_SCHEME_PLANES_MAX]; /* a zstd block starts with this plane */
 };
 
 static unsigned kv_log2_floor(uint32_t n)
@@ -3322,24 +3319,25 @@ static unsigned kv_log2_floor(uint32_t n)
 #endif
 }
 
-/* n * log2(n) * KV_LAYOUT_BIT, to about one percent. The parabola stands in for
+/* n * log2(n) * KV_SCHEME_BIT, to about one percent. The parabola stands in for
  * log2(1 + f) - f. */
-static uint64_t kv_block_layout_term(uint32_t n)
+static uint64_t kv_scheme_term(uint32_t n)
 {
     unsigned log = kv_log2_floor(n);
     uint64_t f = (((uint64_t)n << 10) >> log) - 1024;
 
     assert(f < 1024);
-    return n * ((uint64_t)log * KV_LAYOUT_BIT + f
+    return n * ((uint64_t)log * KV_SCHEME_BIT + f
                 + (f * (1024 - f) * 352 >> 20));
 }
 
+/* total * log2(total) - sum of count * log2(count). */
 static void kv_histogram_cost(struct kv_histogram *h)
 {
-    uint64_t bits = h->total ? kv_block_layout_term(h->total) : 0;
+    uint64_t bits = h->total ? kv_scheme_term(h->total) : 0;
 
     for (int i = 0; i < 256; i++) {
-        uint64_t term = h->count[i] > 1 ? kv_block_layout_term(h->count[i]) : 0;
+        uint64_t term = h->count[i] > 1 ? kv_scheme_term(h->count[i]) : 0;
 
         bits = bits > term ? bits - term : 0;
     }
@@ -3349,7 +3347,7 @@ static void kv_histogram_cost(struct kv_histogram *h)
 static void kv_histogram_of(struct kv_histogram *h, const unsigned char *bytes,
                             size_t n)
 {
-    assert(n <= KV_LAYOUT_SAMPLE);
+    assert(n <= KV_SCHEME_SAMPLE);
     memset(h->count, 0, sizeof h->count);
     for (size_t i = 0; i < n; i++) h->count[bytes[i]]++;
     h->total = (uint32_t)n;
@@ -3368,37 +3366,37 @@ static void kv_histogram_sum(struct kv_histogram *sum,
 
 /* The sample of a plane as it would look in `mode`: all of it, or a few runs,
  * because differences exist between neighbours only. Returns its size. */
-static size_t kv_block_layout_sample(int mode, const unsigned char *plane,
+static size_t kv_scheme_sample(int mode, const unsigned char *plane,
                                const unsigned char *low, size_t n,
-                               unsigned char sample[KV_LAYOUT_SAMPLE])
+                               unsigned char sample[KV_SCHEME_SAMPLE])
 {
-    size_t run = KV_LAYOUT_SAMPLE / KV_LAYOUT_RUNS;
+    size_t run = KV_SCHEME_SAMPLE / KV_SCHEME_RUNS;
 
-    if (n <= KV_LAYOUT_SAMPLE) {
+    if (n <= KV_SCHEME_SAMPLE) {
         kv_plane_encode(mode, plane, low, 0, n, sample);
         return n;
     }
-    for (size_t i = 0; i < KV_LAYOUT_RUNS; i++) {
-        size_t from = 1 + (n - 1 - run) / (KV_LAYOUT_RUNS - 1) * i;
+    for (size_t i = 0; i < KV_SCHEME_RUNS; i++) {
+        size_t from = 1 + (n - 1 - run) / (KV_SCHEME_RUNS - 1) * i;
 
         assert(from + run <= n);
         kv_plane_encode(mode, plane, low, from, from + run, sample + i * run);
     }
-    return KV_LAYOUT_SAMPLE;
+    return KV_SCHEME_SAMPLE;
 }
 
 /* Takes the mode that makes the plane smallest, and leaves its histogram. */
-static int kv_block_layout_mode(const unsigned char *plane, const unsigned char *low,
+static int kv_scheme_mode(const unsigned char *plane, const unsigned char *low,
                           size_t n, struct kv_histogram *best)
 {
     int mode = KV_PLANE_PLAIN;
 
     for (int m = 0; m < KV_PLANE_MODES; m++) {
-        unsigned char sample[KV_LAYOUT_SAMPLE];
+        unsigned char sample[KV_SCHEME_SAMPLE];
         struct kv_histogram h;
 
         if (m == KV_PLANE_CARRY && !low) break;
-        kv_histogram_of(&h, sample, kv_block_layout_sample(m, plane, low, n, sample));
+        kv_histogram_of(&h, sample, kv_scheme_sample(m, plane, low, n, sample));
         if (m == 0 || h.bits < best->bits) {
             mode = m;
             *best = h;
@@ -3412,7 +3410,7 @@ static int kv_block_layout_mode(const unsigned char *plane, const unsigned char 
 /* Is it cheaper to start a zstd block before a plane like `next` than to put
  * it to those before it? The sample stands for n bytes. A sample always looks
  * more special than the whole; the symbols in it are taken as the bias. */
-static bool kv_block_layout_cuts(struct kv_histogram *before,
+static bool kv_scheme_cuts(struct kv_histogram *before,
                            const struct kv_histogram *next, size_t n)
 {
     struct kv_histogram both;
@@ -3422,9 +3420,9 @@ static bool kv_block_layout_cuts(struct kv_histogram *before,
     if (next->total == 0) return false;
     kv_histogram_sum(&both, before, next);
     for (int i = 0; i < 256; i++) symbols += next->count[i] != 0;
-    if (both.bits > apart + symbols * KV_LAYOUT_BIT / 2
+    if (both.bits > apart + symbols * KV_SCHEME_BIT / 2
         && (both.bits - apart) * n / next->total
-            > (uint64_t)KV_LAYOUT_CUT_BITS * KV_LAYOUT_BIT) {
+            > (uint64_t)KV_SCHEME_CUT_BITS * KV_SCHEME_BIT) {
         *before = *next;
         return true;
     }
@@ -3434,7 +3432,7 @@ static bool kv_block_layout_cuts(struct kv_histogram *before,
 
 /* The neighbour that plane p takes its carry from, or NULL. planes: the
  * planes of the keys, key_records bytes each, then those of the values. */
-static const unsigned char *kv_block_layout_low(const struct kv_shape *shape,
+static const unsigned char *kv_scheme_low(const struct kv_shape *shape,
                                           const unsigned char *planes, size_t p,
                                           size_t key_records,
                                           size_t value_records)
@@ -3447,7 +3445,9 @@ static const unsigned char *kv_block_layout_low(const struct kv_shape *shape,
     return planes + k * key_records + (p - k - 1) * value_records;
 }
 
-static void kv_block_layout_make(struct kv_block_layout *layout,
+/* Chooses modes first, then cuts: a cut is between planes as they are going
+ * to be stored. */
+static void kv_scheme_make(struct kv_scheme *scheme,
                            const struct kv_shape *shape,
                            const unsigned char *planes, size_t key_records,
                            size_t value_records)
@@ -3455,16 +3455,16 @@ static void kv_block_layout_make(struct kv_block_layout *layout,
     struct kv_histogram segment = {.total = 0};
     const unsigned char *plane = planes;
 
-    assert(shape->record_bytes <= KV_LAYOUT_PLANES_MAX);
+    assert(shape->record_bytes <= KV_SCHEME_PLANES_MAX);
     assert(value_records <= key_records);
     for (size_t p = 0; p < shape->record_bytes; p++) {
         size_t n = p < shape->key_bytes ? key_records : value_records;
-        const unsigned char *low = kv_block_layout_low(shape, planes, p, key_records,
+        const unsigned char *low = kv_scheme_low(shape, planes, p, key_records,
                                                value_records);
         struct kv_histogram h;
 
-        layout->mode[p] = (uint8_t)kv_block_layout_mode(plane, low, n, &h);
-        layout->cut[p] = kv_block_layout_cuts(&segment, &h, n);
+        scheme->mode[p] = (uint8_t)kv_scheme_mode(plane, low, n, &h);
+        scheme->cut[p] = kv_scheme_cuts(&segment, &h, n);
         plane += n;
     }
 }
@@ -3501,8 +3501,8 @@ enum {
     KV_BLOCK_FLUSH_BYTES = 16     /* at most, of one cut in a zstd frame */
 };
 
-_Static_assert(KV_LAYOUT_PLANES_MAX >= KV_BLOCK_RAW_MAX / KV_BLOCK_PLANES_MIN,
-               "a block of planes has no more planes than a layout");
+_Static_assert(KV_SCHEME_PLANES_MAX >= KV_BLOCK_RAW_MAX / KV_BLOCK_PLANES_MIN,
+               "a block of planes has no more planes than a scheme");
 _Static_assert(KV_BLOCK_RAW_MAX
                    >= 1 + KVMETA_KEY_BYTES_MAX + KVMETA_VALUE_BYTES_MAX,
                "one record always fits");
@@ -3524,6 +3524,7 @@ struct kv_block_view {
     uint32_t records;
 };
 
+/* A rule on the count alone, so that no flag can contradict it. */
 static bool kv_block_has_planes(uint64_t records)
 {
     return records >= KV_BLOCK_PLANES_MIN;
@@ -3550,6 +3551,8 @@ static uint64_t kv_block_row_bytes(const struct kv_shape *shape,
          + (records - tombstones) * shape->value_bytes;
 }
 
+/* What zstd must unpack to. Cannot overflow: counts have 32 bits, a record
+ * has 17. */
 static uint64_t kv_block_raw_bytes(const struct kv_shape *shape,
                                    uint64_t records, uint64_t tombstones)
 {
@@ -3597,9 +3600,10 @@ struct kv_encoder {
     unsigned char *planes;
     size_t raw_cap;
     size_t planes_cap;
-    struct kv_block_layout *layout;     /* made for the first block of planes */
+    struct kv_scheme *scheme;     /* made for the first block of planes */
 };
 
+/* zstd's memory is the host's, too: its limits and its accounts hold. */
 static void *kv_zstd_alloc(void *env, size_t bytes)
 {
     return bytes ? kv_alloc(env, bytes) : NULL;
@@ -3637,7 +3641,7 @@ static void kv_encoder_free(struct kv_encoder *e)
     kv_free(e->env, e->bits);
     kv_free(e->env, e->raw);
     kv_free(e->env, e->planes);
-    kv_free(e->env, e->layout);
+    kv_free(e->env, e->scheme);
     memset(e, 0, sizeof *e);
 }
 
@@ -3652,6 +3656,7 @@ static int kv_encoder_resize(struct kv_encoder *e, unsigned char **array,
     return KVMETA_OK;
 }
 
+/* Makes room for more records: four times as many, up to a full block. */
 static int kv_encoder_grow(struct kv_encoder *e, struct kvmeta_error *err)
 {
     const struct kv_shape *shape = &e->env->shape;
@@ -3677,7 +3682,8 @@ static bool kv_encoder_full(const struct kv_encoder *e)
     return e->records == e->records_max;
 }
 
-/* Only where the block is not full. */
+/* Only where the block is not full. The rows are kept as they come, values of
+ * puts only; they are turned to planes when the block is ended. */
 static int kv_encoder_add(struct kv_encoder *e, const unsigned char *key,
                           const unsigned char *value, struct kvmeta_error *err)
 {
@@ -3717,13 +3723,13 @@ static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
     kv_plane_transpose(e->keys, n, shape->key_bytes, e->planes);
     kv_plane_transpose(e->values, m, shape->value_bytes,
                        e->planes + n * shape->key_bytes);
-    kv_block_layout_make(e->layout, shape, e->planes, n, m);
+    kv_scheme_make(e->scheme, shape, e->planes, n, m);
     for (size_t p = 0; p < shape->record_bytes; p++) {
         size_t bytes = p < shape->key_bytes ? n : m;
-        unsigned mode = e->layout->mode[p];
+        unsigned mode = e->scheme->mode[p];
 
         kv_plane_encode((int)mode, plane,
-                        kv_block_layout_low(shape, e->planes, p, n, m), 0, bytes,
+                        kv_scheme_low(shape, e->planes, p, n, m), 0, bytes,
                         to);
         modes[p / 4] = (unsigned char)(modes[p / 4] | mode << (p % 4 * 2));
         plane += bytes;
@@ -3758,8 +3764,8 @@ static int kv_encoder_lay_out(struct kv_encoder *e, struct kvmeta_error *err)
     rc = kv_grow(e->env, (void **)&e->planes, &e->planes_cap, row_bytes, 1,
                  err);
     if (rc) return rc;
-    if (!e->layout) e->layout = kv_alloc(e->env, sizeof *e->layout);
-    if (!e->layout) return kv_fail_memory(err, sizeof *e->layout);
+    if (!e->scheme) e->scheme = kv_alloc(e->env, sizeof *e->scheme);
+    if (!e->scheme) return kv_fail_memory(err, sizeof *e->scheme);
     kv_encoder_put_planes(e, e->raw, rows);
     return KVMETA_OK;
 }
@@ -3778,14 +3784,16 @@ static int kv_encoder_open_zstd(struct kv_encoder *e, struct kvmeta_error *err)
 
     if (e->zstd) return KVMETA_OK;
     e->zstd = ZSTD_createCCtx_advanced(kv_zstd_memory(e->env));
-    if (!e->zstd) return kv_fail_memory(err, sizeof e->zstd);
+    if (!e->zstd)
+        return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory to compress");
     result = ZSTD_CCtx_setParameter(e->zstd, ZSTD_c_compressionLevel,
                                     e->zstd_level);
     return ZSTD_isError(result) ? kv_encoder_fail_zstd(result, err)
                                 : KVMETA_OK;
 }
 
-/* Hands zstd the bytes up to `end`; `how` ends a zstd block or the frame. */
+/* Hands zstd the bytes up to `end`; `how` ends a zstd block or the frame. The
+ * output has room for everything, so the loop ends with nothing left over. */
 static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
                               size_t end, ZSTD_EndDirective how,
                               ZSTD_outBuffer *out)
@@ -3803,7 +3811,7 @@ static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
     return result;
 }
 
-/* One frame, with a zstd block for each segment of the layout. */
+/* One frame, with a zstd block for each segment of the scheme. */
 static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
                                       ZSTD_outBuffer *out)
 {
@@ -3817,7 +3825,7 @@ static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
     result = ZSTD_CCtx_setPledgedSrcSize(e->zstd, raw_bytes);
     for (size_t p = 0; p < shape->record_bytes; p++) {
         if (ZSTD_isError(result)) return result;
-        if (e->layout->cut[p])
+        if (e->scheme->cut[p])
             result = kv_encoder_feed(e, &in, end, ZSTD_e_flush, out);
         end += p < shape->key_bytes ? e->records
                                     : e->records - e->tombstones;
@@ -3898,6 +3906,7 @@ static bool kv_bits_pad_zero(const unsigned char *bits, size_t n)
     return n % 8 == 0 || bits[n / 8] >> (n % 8) == 0;
 }
 
+/* The count decides how many values there are, so it must be exact. */
 static const char *kv_block_check_bits(const unsigned char *bits, size_t n,
                                        uint32_t tombstones)
 {
@@ -3910,6 +3919,7 @@ static const char *kv_block_check_bits(const unsigned char *bits, size_t n,
     return NULL;
 }
 
+/* (B4). Merging, and loading the tree, rely on it. */
 static const char *kv_block_check_order(const struct kv_shape *shape,
                                         const unsigned char *keys, size_t n)
 {
@@ -3928,17 +3938,19 @@ static const char *kv_block_check_order(const struct kv_shape *shape,
     return NULL;
 }
 
+/* The mode of plane p, not checked yet. */
 static unsigned kv_block_mode(const unsigned char *modes, size_t p)
 {
     return modes[p / 4] >> (p % 4 * 2) & 3u;
 }
 
+/* A carry without a neighbour would read outside of the planes. */
 static const char *kv_block_check_modes(const struct kv_shape *shape,
                                         const unsigned char *modes)
 {
     size_t planes = shape->record_bytes;
 
-    assert(planes <= KV_LAYOUT_PLANES_MAX);
+    assert(planes <= KV_SCHEME_PLANES_MAX);
     for (size_t p = 0; p < planes; p++) {
         unsigned mode = kv_block_mode(modes, p);
 
@@ -3964,13 +3976,13 @@ static void kv_block_decode_planes(const struct kv_shape *shape,
 
     for (size_t p = shape->key_bytes; p-- > 0;) {
         kv_plane_decode((int)kv_block_mode(modes, p), planes + p * n,
-                        kv_block_layout_low(shape, planes, p, n, m), n);
+                        kv_scheme_low(shape, planes, p, n, m), n);
     }
     for (size_t v = 0; v < shape->value_bytes; v++) {
         size_t p = shape->key_bytes + v;
 
         kv_plane_decode((int)kv_block_mode(modes, p), value_planes + v * m,
-                        kv_block_layout_low(shape, planes, p, n, m), m);
+                        kv_scheme_low(shape, planes, p, n, m), m);
     }
 }
 
@@ -4314,6 +4326,8 @@ static const char *kv_table_check_index(const struct kv_env *env,
     return NULL;
 }
 
+/* The index is as large as the bytes of the file that it takes, which the
+ * footer has been checked for. */
 static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
                                struct kvmeta_error *err)
 {
@@ -4506,6 +4520,8 @@ static const char *kv_table_check_bounds(const struct kv_env *env,
     return NULL;
 }
 
+/* Reads and checks the next block. After an error the source stands where it
+ * was, so that another call meets the same error. */
 static int kv_table_source_read(struct kv_table_source *s,
                                 struct kvmeta_error *err)
 {
@@ -4557,6 +4573,7 @@ static int kv_table_source_next(struct kv_source *base,
     return KVMETA_OK;
 }
 
+/* Buffers are as large as the largest block of this table, no larger. */
 static int kv_table_source_alloc(struct kv_table_source *s,
                                  struct kvmeta_error *err)
 {
@@ -4569,7 +4586,8 @@ static int kv_table_source_alloc(struct kv_table_source *s,
     s->raw = s->stored + s->table->stored_bytes_max;
     s->rows = s->raw + raw_bytes;
     s->zstd = ZSTD_createDCtx_advanced(kv_zstd_memory(env));
-    return s->zstd ? KVMETA_OK : kv_fail_memory(err, sizeof s->zstd);
+    if (s->zstd) return KVMETA_OK;
+    return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory to decompress");
 }
 
 /* from, to: the store's keys, copied; NULL: without a bound. */
@@ -4697,6 +4715,7 @@ static int kv_table_writer_reserve(struct kv_table_writer *w, size_t bytes,
                    w->out_bytes + bytes, 1, err);
 }
 
+/* Writes what has been gathered, and keeps to the rate. */
 static int kv_table_writer_write(struct kv_table_writer *w,
                                  struct kvmeta_error *err)
 {
@@ -4732,6 +4751,7 @@ static int kv_table_writer_put(struct kv_table_writer *w,
     return KVMETA_OK;
 }
 
+/* Ids are never used twice: a file that is there already is an error. */
 static int kv_table_writer_create(struct kv_table_writer *w, uint64_t id,
                                   struct kvmeta_error *err)
 {
@@ -4779,7 +4799,7 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
         .tombstones = e->tombstones
     };
     unsigned char *to;
-    size_t stored_bytes;
+    size_t stored_bytes = 0;
     int rc;
 
     rc = kv_grow(env, (void **)&w->index, &w->index_cap, w->blocks + 1,
@@ -4802,34 +4822,29 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
                                              : kv_table_writer_write(w, err);
 }
 
-/* Is `key` above the last one that was added? A block is ended only when the
- * next record arrives, so its last key is still there to compare with. */
-static bool kv_table_writer_ascends(const struct kv_table_writer *w,
-                                    const void *key)
-{
-    const struct kv_encoder *e = &w->encoder;
-    size_t key_bytes = w->job->env->shape.key_bytes;
-
-    if (e->records == 0) return w->records == 0;
-    return memcmp(e->keys + (e->records - 1) * key_bytes, key, key_bytes) < 0;
-}
-
 /* value NULL: a tombstone. Where value_bytes is 0, any other pointer is a
- * put. After an error the writer can only be aborted. */
+ * put. A block is ended only when the next record arrives, so the last key is
+ * always there to compare with. After an error the writer can only be
+ * aborted. */
 static int kv_table_writer_add(struct kv_table_writer *w, const void *key,
                                const void *value, struct kvmeta_error *err)
 {
+    const struct kv_shape *shape = &w->job->env->shape;
+    struct kv_encoder *e = &w->encoder;
     int rc;
 
     assert(w->created);
-    assert(kv_table_writer_ascends(w, key));
-    if (KV_UNLIKELY(kv_encoder_full(&w->encoder))) {
+    assert(e->records > 0 || w->records == 0);
+    assert(e->records == 0
+           || memcmp(e->keys + (e->records - 1) * shape->key_bytes, key,
+                     shape->key_bytes) < 0);
+    if (KV_UNLIKELY(kv_encoder_full(e))) {
         rc = kv_table_writer_end_block(w, err);
         if (rc) return rc;
     }
-    rc = kv_encoder_add(&w->encoder, key, value, err);
+    rc = kv_encoder_add(e, key, value, err);
     if (rc) return rc;
-    kv_digest_add(&w->sum, kv_digest_record(&w->job->env->shape, key, value));
+    kv_digest_add(&w->sum, kv_digest_record(shape, key, value));
     w->records++;
     if (!value) w->tombstones++;
     return KVMETA_OK;
@@ -5009,6 +5024,7 @@ static void kv_merge_build(struct kv_merge *m, uint32_t *won)
     m->node[0] = won[1];
 }
 
+/* On the first call of `next`, so that opening a merge reads nothing. */
 static int kv_merge_start(struct kv_merge *m, struct kvmeta_error *err)
 {
     for (uint32_t s = 0; s < m->n; s++) {
@@ -6410,6 +6426,7 @@ struct kv_request {
     const struct kvmeta_op *ops;
     size_t n;
     size_t changes;               /* operations that are not EXPECT */
+    size_t puts;
     unsigned durability;
     bool exclusive;               /* wants the commit right, for itself */
     void *previous;               /* value_bytes, or NULL: of the last op */
@@ -6500,6 +6517,7 @@ struct kvmeta {
     struct kv_manifest manifest;    /* changed with the swap lock held, too */
     uint64_t next_id;
     struct kv_log prepared;         /* file not open: none */
+    uint64_t newest_log;            /* id; that of a prepared one is higher */
     uint64_t log_syncing;           /* id of the log that a job syncs, or 0 */
     struct kv_file log_retired;     /* its file, to be closed by that job */
     bool flush_wanted;
@@ -6756,14 +6774,16 @@ static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
 {
     const struct kv_version *now = kv_tree_current(&db->tree);
     struct kv_log log;
+    uint64_t id;
     int rc = KVMETA_OK;
 
     pthread_mutex_lock(&db->state_lock);
     log = db->prepared;
     memset(&db->prepared, 0, sizeof db->prepared);
+    db->newest_log = log.file.open ? log.head.id : db->next_id++;
+    id = db->newest_log;
     pthread_mutex_unlock(&db->state_lock);
-    if (!log.file.open)
-        rc = kv_log_create(&db->env, kv_store_new_id(db), 0, &log, err);
+    if (!log.file.open) rc = kv_log_create(&db->env, id, 0, &log, err);
     if (rc) return rc;
     rc = kv_log_begin(&db->env, &log, db->options.log_align, now->seq + 1,
                       now->digest, err);
@@ -7237,13 +7257,18 @@ static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
     uint64_t fill = db->options.durability == KVMETA_DURABLE
         ? kv_min(KV_LOG_EXTEND_BYTES, db->options.log_bytes_max) : 0;
     struct kv_log log;
+    bool late;
     int rc = kv_log_create(&db->env, kv_store_new_id(db), fill, &log, err);
 
     if (rc) return rc;
     pthread_mutex_lock(&db->state_lock);
     assert(!db->prepared.file.open);
-    db->prepared = log;
+    late = log.head.id < db->newest_log;   /* ids of logs must ascend */
+    if (!late) db->prepared = log;
     pthread_mutex_unlock(&db->state_lock);
+    if (!late) return KVMETA_OK;
+    kv_file_close(&db->env, &log.file);
+    kv_job_unlink(db, KV_FILE_LOG, log.head.id);
     return KVMETA_OK;
 }
 
@@ -7655,7 +7680,8 @@ static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
     }
     if (r->changes == 0) return KVMETA_OK;
     rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, NULL);
-    if (!rc && !edit->in_place) rc = kv_edit_reserve(edit, r->changes, NULL);
+    if (!rc && !edit->in_place)
+        rc = kv_tree_reserve(&db->tree, r->changes, r->puts > 0, NULL);
     return rc;
 }
 
@@ -7787,7 +7813,7 @@ static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
         if (rc) return rc;
     }
     if (in_place) {
-        rc = kv_tree_reserve(&db->tree, r->changes, err);
+        rc = kv_tree_reserve(&db->tree, r->changes, r->puts > 0, err);
         if (!rc)
             rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, err);
         if (rc) return rc;
@@ -8008,7 +8034,7 @@ static const struct kv_option_range kv_option_ranges[] = {
     KV_RANGE32(open_threads, 0, 64, 0),
     KV_RANGE32(reserved, 0, 0, 0),
     KV_RANGE64(log_bytes_max, 64 << 10, (uint64_t)4 << 30, 32 << 20),
-    KV_RANGE64(compaction_bytes_per_s, 0, UINT64_MAX, 0),
+    KV_RANGE64(compaction_bytes_per_s, 64 << 10, UINT64_MAX, 0),
     KV_RANGE64(memory_bytes_max, 0, UINT64_MAX, 0),
 };
 
@@ -8027,7 +8053,7 @@ static int kv_option_normalize(struct kvmeta_options *o,
         v = narrow;
     }
     if (v == 0) v = range->otherwise;
-    if (v < range->min || v > range->max)
+    if (v != range->otherwise && (v < range->min || v > range->max))
         return kv_fail(err, KVMETA_E_INVALID, 0,
                        "option %s: %llu, want %llu..%llu", range->name,
                        (unsigned long long)v, (unsigned long long)range->min,
@@ -9125,6 +9151,7 @@ static int kv_write_one(kvmeta *db, int type, const void *key,
 {
     struct kvmeta_op op = {type, key, value};
     struct kv_request r = {.ops = &op, .n = 1, .changes = 1,
+                           .puts = type == KVMETA_OP_PUT,
                            .previous = previous};
     int rc;
 
@@ -9192,6 +9219,7 @@ int kvmeta_write(kvmeta *db, const struct kvmeta_op *ops, size_t n,
             && db->env.shape.value_bytes)
             return KVMETA_E_INVALID;
         r.changes += ops[i].type != KVMETA_OP_EXPECT;
+        r.puts += ops[i].type == KVMETA_OP_PUT;
     }
     r.durability = kv_durability(db, flags);
     if (!r.durability) return KVMETA_E_INVALID;
@@ -9455,6 +9483,13 @@ static bool kv_flushed(struct kvmeta *db, uint64_t id)
     return flushed;
 }
 
+/* Waits for the step that runs: what it has swapped out is unlinked then. */
+static void kv_step_fence(struct kvmeta *db)
+{
+    pthread_mutex_lock(&db->job_lock);
+    pthread_mutex_unlock(&db->job_lock);
+}
+
 int kvmeta_flush(kvmeta *db)
 {
     struct kv_request right = {.exclusive = true};
@@ -9474,7 +9509,9 @@ int kvmeta_flush(kvmeta *db)
     }
     pthread_mutex_unlock(&db->state_lock);
     kv_right_give(db, NULL);
-    return rc ? rc : kv_wait(db, kv_flushed, id);
+    if (!rc) rc = kv_wait(db, kv_flushed, id);
+    kv_step_fence(db);
+    return rc;
 }
 
 /* Full compactions may also find nothing to do. */
@@ -9501,7 +9538,9 @@ int kvmeta_compact(kvmeta *db)
     pthread_mutex_lock(&db->state_lock);
     db->full_wanted = true;
     pthread_mutex_unlock(&db->state_lock);
-    return kv_wait(db, kv_compacted, 0);
+    rc = kv_wait(db, kv_compacted, 0);
+    kv_step_fence(db);
+    return rc;
 }
 
 static bool kv_idle(struct kvmeta *db, uint64_t unused)

@@ -195,11 +195,12 @@ struct kvmeta_options {
     uint64_t log_bytes_max;
 
     /* Bytes per second that compaction may read and write together, so that
-     * it leaves bandwidth to others. Default 0 = as fast as it can. */
+     * it leaves bandwidth to others; 65,536 at least. Default 0 = as fast as
+     * it can. Writers wait once the backlog of logs is full. */
     uint64_t compaction_bytes_per_s;
 
     /* Upper bound of the memory held in tree nodes; a write that would pass
-     * it fails with KVMETA_E_LIMIT. Default 0 = none. */
+     * it fails with KVMETA_E_LIMIT, except for removes. Default 0 = none. */
     uint64_t memory_bytes_max;
 
     /* Everything is rewritten into one table when the tables hold more than
@@ -473,9 +474,8 @@ KVMETA_API int kvmeta_step(kvmeta *db, int *did_work);
 
 /*
  * Checks everything there is to check: the structure of the tree, its digest,
- * and every byte of every table and sealed log on disk. Reads go on
- * meanwhile; writes wait while memory is checked (about as long as a scan
- * takes), not while the disk is. err: may be NULL. KVMETA_E_CORRUPT names the
+ * and every byte of every table and sealed log on disk. Reads and writes go
+ * on meanwhile; the background work waits. err: may be NULL. KVMETA_E_CORRUPT names the
  * first damage found; where it is in a file, the background work then writes
  * the data anew from memory.
  */

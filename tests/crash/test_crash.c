@@ -10,6 +10,7 @@
  *
  *   --script X --config N --from K   only this script, with cuts from its
  *                                    K-th operation on
+ *   --trace 1                        print what is done
  *   --workers N                      processes; default: one a core
  *   --longest N                      of the scripts listed; default 5
  *
@@ -84,12 +85,20 @@ static struct test_alloc allocs[4];
 static void report(struct explorer *explorer, const struct life *life,
                    const char *where)
 {
+    const struct sim_fault *fault = &explorer->life->fs->fault;
+
     explorer->tally->failed = 1;
     printf("problem: %s [script %s, config %s, operation %u, %s%s%s]\n",
            life->problem, explorer->script,
            life_configs[explorer->config].name, explorer->at, where,
            explorer->depth > 0 ? ", second life " : "",
            explorer->depth > 0 ? explorer->second : "");
+    if (fault->hits > 0) {
+        printf("problem: after errno %d on %llu calls of %s, first %s%s\n",
+               fault->error, (unsigned long long)fault->hits,
+               sim_call_name(fault->kind), sim_call_name(fault->hit_kind),
+               fault->partial ? ", partly done" : "");
+    }
     test_replay("--script %s --config %u --from %u --one-in %llu --plain %llu "
                 "--garbage %llu --second %llu --rotten %llu",
                 explorer->script, explorer->config, explorer->from,
@@ -135,6 +144,9 @@ static int rot_manifest(struct explorer *explorer, struct sim_fs *fs)
         return 0;
     }
     at = test_rng_below(&explorer->rng, bytes);
+    if (at % 2 != 0) {
+        at %= 160;                       /* surely in the first copy */
+    }
     data[at] ^= (unsigned char)(1u << test_rng_below(&explorer->rng, 8));
     sim_file_put(fs, "MANIFEST", data, bytes);
     free(data);
@@ -680,6 +692,7 @@ int main(int argc, char **argv)
     };
 
     test_parse_args(argc, argv);
+    life_trace = test_option("trace") != NULL;
     if (test_option("script") != NULL) {
         return cmocka_run_group_tests(one, NULL, NULL);
     }

@@ -455,19 +455,19 @@ static void measure_recovery(const struct sim_fs *disk, unsigned state,
 
 /* The ways in which a system call fails; error 0 is a short transfer. */
 static const struct sim_fault faults[] = {
-    {1, SIM_CALLS, EIO, 0, 0, 0, 0, 0},
-    {1, SIM_CALLS, EIO, 0, 1, 0, 0, 0},
-    {1, SIM_CALLS, EIO, 1, 0, 0, 0, 0},
-    {1, SIM_CALLS, ENOSPC, 0, 0, 0, 0, 0},
-    {1, SIM_CALLS, ENOSPC, 0, 1, 0, 0, 0},
-    {1, SIM_CALLS, ENOSPC, 1, 1, 0, 0, 0},
-    {1, SIM_CALLS, EINTR, 0, 0, 0, 0, 0},
-    {1, SIM_CALLS, EMFILE, 0, 0, 0, 0, 0},
-    {1, SIM_CALLS, EMFILE, 1, 0, 0, 0, 0},
-    {1, SIM_CALLS, EROFS, 0, 0, 0, 0, 0},
-    {1, SIM_CALLS, EROFS, 1, 0, 0, 0, 0},
-    {1, SIM_CALLS, 0, 0, 0, 0, 0, 0},
-    {1, SIM_CALLS, 0, 1, 0, 0, 0, 0},
+    {1, SIM_CALLS, EIO, 0, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, EIO, 0, 1, 0, 0, 0, 0},
+    {1, SIM_CALLS, EIO, 1, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, ENOSPC, 0, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, ENOSPC, 0, 1, 0, 0, 0, 0},
+    {1, SIM_CALLS, ENOSPC, 1, 1, 0, 0, 0, 0},
+    {1, SIM_CALLS, EINTR, 0, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, EMFILE, 0, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, EMFILE, 1, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, EROFS, 0, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, EROFS, 1, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, 0, 0, 0, 0, 0, 0, 0},
+    {1, SIM_CALLS, 0, 1, 0, 0, 0, 0, 0},
 };
 #define FAULT_COUNT (sizeof faults / sizeof faults[0])
 
@@ -713,6 +713,7 @@ int main(int argc, char **argv)
     };
 
     test_parse_args(argc, argv);
+    life_trace = test_option("trace") != NULL;
     if (test_option("script") != NULL) {
         return cmocka_run_group_tests(one, NULL, NULL);
     }

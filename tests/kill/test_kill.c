@@ -46,6 +46,7 @@
 #define LANES 3
 #define KEYS 500                     /* of a lane; number KEYS: the counter */
 #define BATCH_MAX 8
+#define FIRST_ACK_US 10000000       /* a child that is not dead by then */
 
 struct ack {
     uint32_t lane;
@@ -324,8 +325,10 @@ static uint64_t now_us(void)
     return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
-/* Takes acknowledgements until the deadline, or to the end of the pipe. */
-static void listen_until(struct kill_run *run, int pipe, uint64_t deadline)
+/* Takes acknowledgements until the deadline, until there are `enough`, or to
+ * the end of the pipe. */
+static void listen_until(struct kill_run *run, int pipe, uint64_t deadline,
+                         size_t enough)
 {
     struct pollfd poll_fd = {pipe, POLLIN, 0};
     struct ack acks[128];
@@ -333,7 +336,7 @@ static void listen_until(struct kill_run *run, int pipe, uint64_t deadline)
     uint64_t now;
     ssize_t bytes, i;
 
-    while ((now = now_us()) < deadline) {
+    while (run->ack_count < enough && (now = now_us()) < deadline) {
         wait.tv_sec = (time_t)((deadline - now) / 1000000);
         wait.tv_nsec = (long)((deadline - now) % 1000000) * 1000;
         if (ppoll(&poll_fd, 1, &wait, NULL) <= 0) {
@@ -350,18 +353,23 @@ static void listen_until(struct kill_run *run, int pipe, uint64_t deadline)
     }
 }
 
-/* A moment to kill: soon, while it opens, or somewhat later. */
-static uint64_t choose_moment(struct kill_run *run)
+/* Listens until the moment to kill: soon, while it opens, or some time after
+ * the first acknowledgement, which a slow disk may let wait. */
+static void hear(struct kill_run *run, int pipe)
 {
-    uint64_t most = test_rng_below(&run->rng, 3) == 0 ? 4000 : 40000;
+    uint64_t more = test_rng_below(&run->rng, 35000);
 
-    return test_rng_below(&run->rng, most);
+    if (test_rng_below(&run->rng, 4) == 0) {
+        more = test_rng_below(&run->rng, 25000);
+    } else {
+        listen_until(run, pipe, now_us() + FIRST_ACK_US, 1);
+    }
+    listen_until(run, pipe, now_us() + more, SIZE_MAX);
 }
 
 static void live_and_kill(struct kill_run *run)
 {
     uint64_t life_seed = test_rng_u64(&run->rng);
-    uint64_t moment = choose_moment(run);
     int pipes[2], status;
     pid_t pid;
 
@@ -377,10 +385,10 @@ static void live_and_kill(struct kill_run *run)
         _exit(2);
     }
     close(pipes[1]);
-    listen_until(run, pipes[0], now_us() + moment);
+    hear(run, pipes[0]);
     WANT(run, kill(pid, SIGKILL) == 0);
     WANT(run, waitpid(pid, &status, 0) == pid);
-    listen_until(run, pipes[0], UINT64_MAX / 2);
+    listen_until(run, pipes[0], now_us() + FIRST_ACK_US, SIZE_MAX);
     close(pipes[0]);
     WANT(run, WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
 }

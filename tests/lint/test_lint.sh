@@ -89,7 +89,7 @@ as_static() { # compiler, flags ...
     # shellcheck disable=SC2086
     "$@" $strict -Werror $zstd -I. "$work/static.c" -c -o "$work/static.o" ||
         return 1
-    nm -g "$work/static.o" | awk '$2 ~ /[TDBRC]/ && $3 !~ /^_?main$/ {
+    nm -g "$work/static.o" | awk 'NF == 3 && $3 !~ /^_?main$/ {
         print "defines", $3; bad = 1 } END { exit bad }'
 }
 

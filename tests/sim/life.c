@@ -11,6 +11,7 @@
 #include <string.h>
 
 struct life_totals life_totals;
+int life_trace;
 
 const struct life_config life_configs[] = {
     {"512", 512, 1, 512, 8, 16, 1500},
@@ -160,6 +161,17 @@ void life_end(struct life *life)
     test_oracle_free(&life->now);
 }
 
+static void trace(const struct life *life, char op, const char *message)
+{
+    if (life_trace) {
+        printf("process %llu: %c = %d, states %u durable, %u written, "
+               "%u visible, %u issued; calls %llu failed %s\n",
+               (unsigned long long)life->fs->pid, op, life->last_result,
+               life->durable, life->written, life->visible, life->issued,
+               (unsigned long long)life->fs->fault.hits, message);
+    }
+}
+
 static void fill_options(struct life *life, struct kvmeta_options *options)
 {
     const struct life_config *config = life->config;
@@ -307,7 +319,7 @@ static int check_opened(struct life *life, unsigned oldest)
 static int open_error_is_documented(int rc)
 {
     return rc == KVMETA_E_IO || rc == KVMETA_E_NOSPACE ||
-           rc == KVMETA_E_NOMEM;
+           rc == KVMETA_E_NOMEM || rc == KVMETA_E_READONLY;
 }
 
 int life_open(struct life *life)
@@ -321,6 +333,7 @@ int life_open(struct life *life)
     fill_options(life, &options);
     memset(&error, 0, sizeof error);
     life->last_result = kvmeta_open(SIM_DIR, &options, &db, &error);
+    trace(life, 'O', error.message);
     if (life->last_result == 0) {
         life->db = db;
         return check_opened(life, oldest);
@@ -577,8 +590,8 @@ static int check_last_error(struct life *life)
 }
 
 /* A write has failed: the state is as before; whether later ones may succeed
- * depends on the error. */
-static int write_failed(struct life *life, int rc)
+ * depends on the error. changes: 1, unless it would have changed nothing. */
+static int write_failed(struct life *life, int rc, unsigned changes)
 {
     if (!life->faulty) {
         return life_problem(life, "a write says %d (%s)", rc,
@@ -593,10 +606,7 @@ static int write_failed(struct life *life, int rc)
         life->broken = 1;                /* its outcome is open */
         break;
     case KVMETA_E_FAILED:
-        if (!life->broken && !life->maybe_broken) {
-            return life_problem(life, "E_FAILED without a failure before");
-        }
-        life->issued--;                  /* this one was not even tried */
+        life->issued -= changes;         /* this one was not even tried */
         life->broken = 1;
         break;
     default:
@@ -640,10 +650,8 @@ static int run_change(struct life *life, struct change *change)
     }
     rc = change_call(life, change);
     life->last_result = rc;
-    if (rc < 0 && changes) {
-        failed = write_failed(life, rc);
-    } else if (rc < 0) {
-        failed = life->faulty ? 0 : life_problem(life, "a write says %d", rc);
+    if (rc < 0) {
+        failed = write_failed(life, rc, (unsigned)changes);
     } else if (rc != expected && rc != 0) {
         failed = life_problem(life, "a write says %d, not %d", rc, expected);
     } else {
@@ -706,16 +714,12 @@ static int maintenance_done(struct life *life, char op, int rc)
         return life_problem(life, "'%c' says %d (%s)", op, rc,
                             kvmeta_strerror(rc));
     }
-    if (rc == KVMETA_E_FAILED && !life->broken && !life->maybe_broken) {
-        return life_problem(life, "'%c' says E_FAILED without a failure "
-                            "before", op);
-    }
-    if (op == 's' && rc == KVMETA_E_IO) {
-        life->broken = 1;
+    if (rc == KVMETA_E_FAILED || (op == 's' && rc == KVMETA_E_IO)) {
+        life->broken = 1;                /* so last_error tells why */
     } else if (rc == KVMETA_E_IO || rc == KVMETA_E_NOSPACE) {
         life->maybe_broken = 1;
     }
-    return life_check_now(life);
+    return check_last_error(life) || life_check_now(life);
 }
 
 /* Steps until there is nothing to do; a store that never ends is a bug. */
@@ -801,7 +805,7 @@ static int adopt_durable_seq(struct life *life)
     return 0;
 }
 
-int life_op(struct life *life, char op)
+static int run_op(struct life *life, char op)
 {
     int failed;
 
@@ -822,4 +826,17 @@ int life_op(struct life *life, char op)
     failed = strchr("pwuxbBg", op) != NULL ? op_change(life, op)
                                            : op_maintenance(life, op);
     return failed ? 1 : adopt_durable_seq(life);
+}
+
+int life_op(struct life *life, char op)
+{
+    struct kvmeta_error error;
+    int failed = run_op(life, op);
+
+    memset(&error, 0, sizeof error);
+    if (life_trace && life->db != NULL) {
+        kvmeta_last_error(life->db, &error);
+    }
+    trace(life, op, error.message);
+    return failed;
 }

@@ -105,6 +105,9 @@ int life_open(struct life *life);
  */
 int life_op(struct life *life, char op);
 
+/* Set: every open, operation and failed call is printed, for --trace 1. */
+extern int life_trace;
+
 /* Compares the store with `now` by a full scan; 0, or 1 on a problem. */
 int life_check_now(struct life *life);
 

@@ -631,6 +631,10 @@ static int fault_hits(struct sim_fs *fs, enum sim_call kind)
 {
     struct sim_fault *fault = &fs->fault;
 
+    if (fault->armed && kind == SIM_FILE_WRITE) {
+        fault->armed = 0;
+        return 1;
+    }
     if (fault->at == 0 ||
         (fault->kind != SIM_CALLS && fault->kind != (int)kind)) {
         return 0;
@@ -645,6 +649,10 @@ static int fault_hits(struct sim_fs *fs, enum sim_call kind)
     }
     if (fault->hits++ == 0) {
         fault->hit_kind = (int)kind;
+    }
+    if (kind == SIM_FILE_WRITE && fault->partial && fault->error != EIO &&
+        fault->hits == 1) {
+        fault->armed = 1;
     }
     return 1;
 }
@@ -666,7 +674,8 @@ static int enter(struct sim_fs *fs, enum sim_call kind, int changes)
     fs->ops += (uint64_t)changes;
     fs->calls[kind]++;
     if (fault_hits(fs, kind)) {
-        return fs->fault.error != 0 ? fs->fault.error : SHORT_TRANSFER;
+        return fs->fault.error != 0 && !fs->fault.armed ? fs->fault.error
+                                                        : SHORT_TRANSFER;
     }
     return 0;
 }
@@ -1390,10 +1399,22 @@ static struct sim_cut_point *cut_cell_point(struct sim_cut *cut,
     return point;
 }
 
+/* Zeros over zeros differ from what is durable only where they become
+ * garbage. A preallocated file has so many that some of them stand for all:
+ * every 16th, which ones is drawn for each walk. */
+static int cut_passes_over(struct sim_cut *cut, const struct sim_inode *inode,
+                           const struct pending *pending, unsigned phase)
+{
+    return pending->cell == NULL &&
+           image_cell(inode->durable, pending->index) == NULL &&
+           (!cut->garbage || (pending->index + phase) % 16 != 0);
+}
+
 static void cut_collect_inode(struct sim_cut *cut,
                               const struct sim_inode *inode)
 {
     unsigned first = cut->point_count;
+    unsigned phase = (unsigned)test_rng_below(&cut->rng, 16);
     struct sim_cut_point *point;
     unsigned i, slot;
 
@@ -1406,6 +1427,9 @@ static void cut_collect_inode(struct sim_cut *cut,
         }
     }
     for (i = 0; i < inode->pending_count; i++) {
+        if (cut_passes_over(cut, inode, &inode->pending[i], phase)) {
+            continue;
+        }
         point = cut_cell_point(cut, first, inode, inode->pending[i].index);
         point_add_cell(point, inode->pending[i].cell, cut->fs->cell_bytes);
     }

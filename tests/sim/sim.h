@@ -65,8 +65,11 @@ struct sim_fault {
     int kind;                /* enum sim_call; SIM_CALLS: any */
     int error;               /* errno; 0: a short read or write instead */
     int ever;                /* and every later one of the kind, too */
-    int partial;             /* a failed write has written its first half; a
-                                failed sync has made a part durable */
+    int partial;             /* a write is cut short, and the next one fails
+                                (but EIO fails at once, after writing the
+                                first half); a failed sync has made a part
+                                durable */
+    int armed;               /* that next write is still to come */
     uint64_t seen;           /* calls of the kind since it was set */
     uint64_t hits;           /* of them, those made to fail or fall short */
     int hit_kind;            /* enum sim_call of the first of these */

@@ -199,7 +199,7 @@ static void unsynced_size_is_kept_or_not(void **state)
  * another cell, sync again, cut, and kill. */
 static void failed_sync_loses_its_cells_for_good(void **state)
 {
-    struct sim_fault fault = {1, SIM_FILE_SYNC, EIO, 0, 0, 0, 0, 0};
+    struct sim_fault fault = {1, SIM_FILE_SYNC, EIO, 0, 0, 0, 0, 0, 0};
     struct sim_fs fs, cut_fs, kill_fs;
     struct sim_cut cut;
     int dir, file;
@@ -392,8 +392,9 @@ static void directory_needs_its_parent_synced(void **state)
  * transfers move a part. Method: a short write, then failing syncs. */
 static void faults_hit_the_chosen_call(void **state)
 {
-    struct sim_fault second = {2, SIM_FILE_WRITE, 0, 0, 0, 0, 0, 0};
-    struct sim_fault ever = {2, SIM_FILE_SYNC, ENOSPC, 1, 0, 0, 0, 0};
+    struct sim_fault second = {2, SIM_FILE_WRITE, 0, 0, 0, 0, 0, 0, 0};
+    struct sim_fault ever = {2, SIM_FILE_SYNC, ENOSPC, 1, 0, 0, 0, 0, 0};
+    struct sim_fault full = {1, SIM_FILE_WRITE, ENOSPC, 0, 1, 0, 0, 0, 0};
     struct sim_fs fs;
     unsigned char data[100] = {0};
     int dir, file;
@@ -413,6 +414,11 @@ static void faults_hit_the_chosen_call(void **state)
     assert_int_equal(fs.vfs.file_sync(&fs, file), ENOSPC);
     sim_clear_fault(&fs);
     assert_int_equal(fs.vfs.file_sync(&fs, file), 0);
+    sim_set_fault(&fs, full);
+    assert_int_equal(fs.vfs.file_write(&fs, file, data, 100, 0), 50);
+    assert_int_equal(fs.vfs.file_sync(&fs, file), 0);
+    assert_int_equal(fs.vfs.file_write(&fs, file, data, 50, 50), -ENOSPC);
+    assert_int_equal(fs.vfs.file_write(&fs, file, data, 50, 50), 50);
     sim_free(&fs);
 }
 

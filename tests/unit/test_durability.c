@@ -234,21 +234,20 @@ static void want_refused(kvmeta *db)
 static void check_final_failure(struct unit *u, int syncs, unsigned durability)
 {
     struct kvmeta_options options = unit_quiet(u);
-    struct unit_faults faults;
+    struct unit_faults *faults = unit_faults_init(u);
     struct kvmeta_error err;
     struct kvmeta_digest digest;
     unsigned char key[8];
     kvmeta *db;
 
-    unit_faults_init(&faults);
-    options.vfs = &faults.vfs;
+    options.vfs = &faults->vfs;
     db = unit_open(u, &options);
     unit_fill(db, 0, 100, 0, KVMETA_DURABLE);
     digest = kvmeta_digest(db);
-    atomic_store(syncs ? &faults.sync_errno : &faults.write_errno, EIO);
+    atomic_store(syncs ? &faults->sync_errno : &faults->write_errno, EIO);
     unit_key(8, 100, key);
     unit_is(kvmeta_put(db, key, key, durability), KVMETA_E_IO);
-    atomic_store(syncs ? &faults.sync_errno : &faults.write_errno, 0);
+    atomic_store(syncs ? &faults->sync_errno : &faults->write_errno, 0);
     unit_is(kvmeta_has(db, key), KVMETA_NOT_FOUND);
     unit_same_digest(kvmeta_digest(db), digest);
     want_refused(db);
@@ -278,16 +277,15 @@ static void a_failed_write_or_sync_is_final(struct unit *u)
 static void a_failed_sync_call_is_final(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
-    struct unit_faults faults;
+    struct unit_faults *faults = unit_faults_init(u);
     kvmeta *db;
 
-    unit_faults_init(&faults);
-    options.vfs = &faults.vfs;
+    options.vfs = &faults->vfs;
     db = unit_open(u, &options);
     unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
-    atomic_store(&faults.sync_errno, EIO);
+    atomic_store(&faults->sync_errno, EIO);
     unit_is(kvmeta_sync(db), KVMETA_E_IO);
-    atomic_store(&faults.sync_errno, 0);
+    atomic_store(&faults->sync_errno, 0);
     want_refused(db);
     unit_is(kvmeta_sync(db), KVMETA_E_FAILED);
     unit_holds(db, 0, 100, 0);
@@ -300,23 +298,22 @@ static void no_space_is_not_final(struct unit *u)
 {
     static const unsigned durabilities[] = {KVMETA_DURABLE, KVMETA_WRITTEN};
     struct kvmeta_options options = unit_quiet(u);
-    struct unit_faults faults;
+    struct unit_faults *faults = unit_faults_init(u);
     struct kvmeta_digest digest;
     unsigned char key[8];
     kvmeta *db;
     size_t i;
 
-    unit_faults_init(&faults);
-    options.vfs = &faults.vfs;
+    options.vfs = &faults->vfs;
     db = unit_open(u, &options);
     unit_fill(db, 0, 10, 0, 0);
     for (i = 0; i < 6; i++) {
         digest = kvmeta_digest(db);
-        atomic_store(&faults.write_errno, ENOSPC);
+        atomic_store(&faults->write_errno, ENOSPC);
         unit_key(8, 99, key);
         unit_is(kvmeta_put(db, key, key, durabilities[i % 2]),
                 KVMETA_E_NOSPACE);
-        atomic_store(&faults.write_errno, 0);
+        atomic_store(&faults->write_errno, 0);
         unit_same_digest(kvmeta_digest(db), digest);
         unit_fill(db, 10 + i, 11 + i, 0, durabilities[i / 2 % 2]);
     }
@@ -333,17 +330,16 @@ static void no_space_is_not_final(struct unit *u)
 static void a_failed_close_is_as_a_kill(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
-    struct unit_faults faults;
+    struct unit_faults *faults = unit_faults_init(u);
     kvmeta *db;
 
-    unit_faults_init(&faults);
-    options.vfs = &faults.vfs;
+    options.vfs = &faults->vfs;
     db = unit_open(u, &options);
     unit_fill(db, 0, 50, 0, KVMETA_DURABLE);
     unit_fill(db, 50, 100, 0, KVMETA_BUFFERED);
-    atomic_store(&faults.sync_errno, EIO);
+    atomic_store(&faults->sync_errno, EIO);
     assert_true(kvmeta_close(db) < 0);
-    atomic_store(&faults.sync_errno, 0);
+    atomic_store(&faults->sync_errno, 0);
     db = unit_open(u, &options);
     assert_true(kvmeta_count(db) >= 50 && kvmeta_count(db) <= 100);
     unit_holds(db, 0, kvmeta_count(db), 0);

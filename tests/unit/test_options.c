@@ -66,7 +66,7 @@ static const struct field_test field_tests[] = {
     FIELD(reserved, 0x80000000, 0),
     RANGE(log_bytes_max, 64 << 10, (int64_t)4 << 30),
     FIELD(log_bytes_max, -1, 0),
-    FIELD(compaction_bytes_per_s, 1, 1),
+    FIELD(compaction_bytes_per_s, 100000, 1),
     FIELD(compaction_bytes_per_s, -1, 1),
     FIELD(memory_bytes_max, -1, 1),
     FIELD(flags, 8, 0),

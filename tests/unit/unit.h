@@ -48,11 +48,23 @@
 
 #define UNIT_INLINE __attribute__((unused)) static inline
 
+/* Each hook: errno to fail with while it is not 0. `suffix` limits file
+ * opens with CREATE and renames to names that end so. */
+struct unit_faults {
+    struct kvmeta_vfs vfs;
+    atomic_int sync_errno;
+    atomic_int write_errno;
+    atomic_int create_errno;
+    const char *create_suffix;
+    atomic_uint_fast64_t syncs;
+};
+
 struct unit {
     struct test_alloc alloc;         /* first: options.user is both */
     char top[UNIT_PATH - 64];        /* the directory of this test */
     char dir[UNIT_PATH];             /* the store, not yet created, in it */
     struct kvmeta_error err;         /* of the last open */
+    struct unit_faults faults;
     int descriptors;
     int passed;
     const struct unit_case *its_case;
@@ -168,8 +180,10 @@ UNIT_INLINE int unit_teardown(void **state)
     snprintf(u->dir, sizeof u->dir, "%s/full", u->top);
     umount2(u->dir, MNT_DETACH);     /* left by a test that failed in it */
     unit_remove_tree(u->top);
-    pthread_mutex_destroy(&u->log_lock);
-    free(u);
+    if (u->passed) {                 /* else a handle may still use it */
+        pthread_mutex_destroy(&u->log_lock);
+        free(u);
+    }
     return rc;
 }
 
@@ -390,17 +404,6 @@ UNIT_INLINE void unit_sleep_ms(unsigned ms)
  * A system call table that fails on demand
  * -------------------------------------------------------------------------- */
 
-/* Each hook: errno to fail with while it is not 0. `suffix` limits file
- * opens with CREATE and renames to names that end so. */
-struct unit_faults {
-    struct kvmeta_vfs vfs;
-    atomic_int sync_errno;
-    atomic_int write_errno;
-    atomic_int create_errno;
-    const char *create_suffix;
-    atomic_uint_fast64_t syncs;
-};
-
 UNIT_INLINE int unit_fault_sync(void *user, int file)
 {
     struct unit_faults *faults = user;
@@ -437,8 +440,12 @@ UNIT_INLINE int unit_fault_open(void *user, int dir, const char *name,
     return posix->file_open(posix->user, dir, name, flags, file);
 }
 
-UNIT_INLINE void unit_faults_init(struct unit_faults *faults)
+/* The faults of a test live in its unit: a handle that a failed test leaves
+ * open goes on using them. */
+UNIT_INLINE struct unit_faults *unit_faults_init(struct unit *u)
 {
+    struct unit_faults *faults = &u->faults;
+
     memset(faults, 0, sizeof *faults);
     faults->vfs = *kvmeta_vfs_posix();
     faults->vfs.user = faults;
@@ -446,6 +453,7 @@ UNIT_INLINE void unit_faults_init(struct unit_faults *faults)
     faults->vfs.file_write = unit_fault_write;
     faults->vfs.file_open = unit_fault_open;
     faults->create_suffix = "";
+    return faults;
 }
 
 #include "unit_files.h"
