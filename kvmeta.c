@@ -4064,6 +4064,7 @@ static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
 enum {
     KV_TABLE_VERSION = 1,
     KV_TABLE_HEADER_BYTES = 72,
+    KV_TABLE_UUID_OFF = 24,
     KV_TABLE_FOOTER_BYTES = 96,
     KV_TABLE_ENTRY_BYTES = 24     /* of the index, in front of the key */
 };
@@ -4122,7 +4123,7 @@ static uint32_t kv_table_header_encode(const struct kv_env *env, uint64_t id,
     kv_store_le32(header + 8, KV_TABLE_VERSION);
     kv_store_le32(header + 12, env->shape.key_bytes);
     kv_store_le32(header + 16, env->shape.value_bytes);
-    memcpy(header + 24, env->uuid, KV_UUID_BYTES);
+    memcpy(header + KV_TABLE_UUID_OFF, env->uuid, KV_UUID_BYTES);
     kv_store_le64(header + 40, id);
     memcpy(header + 48, salt, KV_SALT_BYTES);
     kv_store_le32(header + 68, kv_crc_add(&env->crc, seed, header, 68));
@@ -5461,6 +5462,31 @@ static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
 }
 
 /*
+ * The disk was full in the middle of a frame, whose caller hears that nothing
+ * has changed: what was written of it must not be found by a recovery, not
+ * even if only its pad is missing. If this fails, the outcome is open.
+ */
+static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
+                       struct kvmeta_error *err)
+{
+    static const unsigned char zeros[KV_FRAME_BYTES];
+    struct kvmeta_error own = {0};
+    uint64_t size = 0;
+    int rc = kv_file_size(env, &log->file, &size, &own);
+
+    if (!rc && size <= log->end) return KVMETA_OK;
+    if (!rc)
+        rc = kv_file_write(env, &log->file, zeros,
+                           (size_t)kv_min(sizeof zeros, size - log->end),
+                           log->end, &own);
+    if (!rc) rc = kv_file_sync(env, &log->file, &own);
+    if (!rc) return KVMETA_OK;
+    own.code = KVMETA_E_IO;
+    if (err) *err = own;
+    return KVMETA_E_IO;
+}
+
+/*
  * Writes what is in the buffer as one frame. digest: of all records after it.
  * After an error the log is as before, but for bytes behind its end.
  */
@@ -5490,6 +5516,8 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
     if (synced) rc = kv_log_extend(env, log, end, err);
     if (!rc)
         rc = kv_file_write(env, &log->file, buf->bytes, bytes, log->end, err);
+    if (rc == KVMETA_E_NOSPACE && kv_log_wipe(env, log, err))
+        rc = KVMETA_E_IO;
     if (rc) return rc;
 
     log->end = end;
@@ -6756,10 +6784,9 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
     if (db->buffer.entries > 0)
         rc = kv_log_write(&db->env, log, &db->buffer,
                           kv_tree_current(&db->tree)->digest, true, err);
-    if (!rc && log->size > log->end) {
-        rc = kv_file_truncate(&db->env, &log->file, log->end, err);
-        if (!rc) log->size = log->end;
-    }
+    /* Always: a write that met a full disk may have left bytes behind. */
+    if (!rc) rc = kv_file_truncate(&db->env, &log->file, log->end, err);
+    if (!rc) log->size = log->end;
     if (!rc && !KV_MUTANT(8)) rc = kv_log_sync(&db->env, log, err);
     if (!rc) {
         db->durable_seq = kv_tree_current(&db->tree)->seq;
@@ -8206,27 +8233,40 @@ static int kv_check_unlisted_log(struct kv_env *env,
     return rc;
 }
 
+/* Does the file begin with the header of a log or table of another store?
+ * It must be whole: a file that a crash has torn proves nothing. */
+static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
+                            struct kvmeta_error *err)
+{
+    struct kv_env other = {.crc = env->crc, .shape = env->shape};
+    struct kv_run run = {0};
+    uint32_t seed;
+    size_t at = file->kind == KV_FILE_LOG ? 16 : KV_TABLE_UUID_OFF;
+    bool whole = false;
+    int rc = kv_run_read_file(env, file, &run, err);
+
+    if (!rc && run.size >= KV_TABLE_HEADER_BYTES) {
+        memcpy(other.uuid, run.bytes + at, KV_UUID_BYTES);
+        whole = file->kind == KV_FILE_LOG
+            ? !kv_log_head_decode(&other, file->id, run.bytes, run.size,
+                                  &run.head)
+            : !kv_table_header_decode(&other, file, run.bytes, &seed, NULL);
+    }
+    kv_run_free(env, &run);
+    if (!whole || memcmp(other.uuid, env->uuid, KV_UUID_BYTES) == 0) return rc;
+    return kv_fail_corrupt(err, file, at, "file of another store");
+}
+
 /* An unlisted file of ours is garbage, unless it shows that the manifest is
  * stale, or belongs to another store. */
 static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
                              const struct kv_file *which,
                              struct kvmeta_error *err)
 {
-    unsigned char head[32];
     struct kv_file file = {0};
-    uint64_t bytes = 0;
     int rc = kv_file_open(env, which->kind, which->id, 0, &file, err);
 
-    if (!rc) rc = kv_file_size(env, &file, &bytes, err);
-    if (!rc && bytes >= sizeof head) {
-        uint64_t magic = which->kind == KV_FILE_LOG ? KV_LOG_MAGIC
-                                                    : KV_TABLE_MAGIC;
-
-        rc = kv_file_read(env, &file, head, sizeof head, 0, err);
-        if (!rc && kv_load_le64(head) == magic
-            && memcmp(head + 16, env->uuid, KV_UUID_BYTES) != 0)
-            rc = kv_fail_corrupt(err, &file, 16, "file of another store");
-    }
+    if (!rc) rc = kv_check_foreign(env, &file, err);
     if (!rc && which->kind == KV_FILE_LOG && which->id >= m->next_id)
         rc = kv_check_unlisted_log(env, &file, err);
     kv_file_close(env, &file);
@@ -8774,7 +8814,6 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
 
     if (e == ENOENT && !(db->options.flags & must)) {
         e = vfs->dir_create(vfs->user, path);
-        if (!e) e = vfs->dir_sync_parent(vfs->user, path);
         if (!e) e = vfs->dir_open(vfs->user, path, &db->env.dir);
     } else if (e == ENOENT) {
         return kv_fail(err, KVMETA_NOT_FOUND, e, "no such directory");
@@ -8832,12 +8871,18 @@ static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
     return KVMETA_OK;
 }
 
-/* Makes a store in the locked directory: an empty manifest. */
-static int kv_open_create(struct kvmeta *db, struct kvmeta_error *err)
+/* Makes a store in the locked directory: an empty manifest. The directory may
+ * have been made a moment ago, by this open or by another that failed. */
+static int kv_open_create(struct kvmeta *db, const char *path,
+                          struct kvmeta_error *err)
 {
-    int rc = db->env.vfs->random(db->env.vfs->user, db->env.uuid,
-                                 KV_UUID_BYTES);
+    const struct kvmeta_vfs *vfs = db->env.vfs;
+    int rc = vfs->dir_sync_parent(vfs->user, path);
 
+    if (rc)
+        return kv_fail(err, KVMETA_E_IO, rc,
+                       "sync of the parent directory: error %d", rc);
+    rc = vfs->random(vfs->user, db->env.uuid, KV_UUID_BYTES);
     if (rc)
         return kv_fail(err, KVMETA_E_IO, rc, "random bytes: error %d", rc);
     db->next_id = 1;
@@ -8853,8 +8898,9 @@ static int kv_open_create(struct kvmeta *db, struct kvmeta_error *err)
  * it is made last, once all else has been checked: a store that is found
  * damaged is left as it was. *again: LOCK was made, check anew under it.
  */
-static int kv_open_recover(struct kvmeta *db, struct kv_recovery *rec,
-                           bool *again, struct kvmeta_error *err)
+static int kv_open_recover(struct kvmeta *db, const char *path,
+                           struct kv_recovery *rec, bool *again,
+                           struct kvmeta_error *err)
 {
     bool read_only = db->options.flags & KVMETA_READ_ONLY;
     int rc;
@@ -8868,7 +8914,7 @@ static int kv_open_recover(struct kvmeta *db, struct kv_recovery *rec,
         rc = kv_open_absent(db, rec, err);
         if (!rc && !db->lock.open) rc = kv_open_lock(db, true, err);
         if (!rc) rc = kv_listing_read(&db->env, &rec->list, err);
-        if (!rc && !rec->list.manifest) return kv_open_create(db, err);
+        if (!rc && !rec->list.manifest) return kv_open_create(db, path, err);
         if (rc) return rc;        /* else another process was faster */
     }
     rc = kv_recover_read(rec, err);
@@ -8899,7 +8945,7 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
     start = kv_now(db);
     rec.db = db;
     rc = kv_open_dir(db, path, err);
-    if (!rc) rc = kv_open_recover(db, &rec, again, err);
+    if (!rc) rc = kv_open_recover(db, path, &rec, again, err);
     kv_recovery_free(&rec);
     if (!rc && !*again
         && !(options->flags & (KVMETA_NO_THREAD | KVMETA_READ_ONLY))) {

@@ -510,6 +510,15 @@ static void print_tally(const struct tally *t, double seconds)
  * Tests
  * -------------------------------------------------------------------------- */
 
+/* What a replay line gives. */
+static void limits_override(struct limits *limits)
+{
+    limits->plain = test_option_u64("plain", limits->plain);
+    limits->garbage = test_option_u64("garbage", limits->garbage);
+    limits->second_one_in = test_option_u64("second", limits->second_one_in);
+    limits->rotten_one_in = test_option_u64("rotten", limits->rotten_one_in);
+}
+
 /* put, batch, sync, rotate (a batch that may stay in memory, then a step),
  * flush, compact, close, open. */
 static const char letters[] = "pBstrcCO";
@@ -560,14 +569,11 @@ static void list_scripts(struct tally *tally, unsigned worker,
 static void run_listed(struct tally *tally, unsigned worker, unsigned workers)
 {
     struct limits limits = {32, 48, 64, 256};
-    unsigned most = longest();
+    unsigned most = longest(), config;
 
-    list_scripts(tally, worker, workers, most, 0, limits);
-    if (!tally->failed) {
-        list_scripts(tally, worker, workers, most > 3 ? 3 : most, 1, limits);
-    }
-    if (!tally->failed) {
-        list_scripts(tally, worker, workers, most > 3 ? 3 : most, 2, limits);
+    limits_override(&limits);
+    for (config = 0; config < 3 && !tally->failed; config++) {
+        list_scripts(tally, worker, workers, most, config, limits);
     }
 }
 
@@ -576,7 +582,7 @@ static void run_random(struct tally *tally, unsigned worker, unsigned workers)
     static const char ops[] = "pppwuuuxbBBsrttTcCOOkv";
     struct limits limits = {16, 24, 32, 256};
     struct test_rng rng = {test_args.seed * 77 + worker};
-    uint64_t scripts = 200 * test_args.scale / workers + 20;
+    uint64_t scripts = 1000 * test_args.scale / workers + 20;
     unsigned config, length, i;
     char script[64];
 
@@ -585,7 +591,7 @@ static void run_random(struct tally *tally, unsigned worker, unsigned workers)
         length = 4 + (unsigned)test_rng_below(&rng, 26);
         for (i = 0; i < length; i++) {
             script[i] = ops[test_rng_below(&rng, sizeof ops - 1)];
-            if (test_rng_below(&rng, 24) == 0) {
+            if (test_rng_below(&rng, 64) == 0) {
                 script[i] = 'g';
             }
         }
@@ -669,10 +675,7 @@ static void given_script_survives_every_crash(void **state)
 
     (void)state;
     memset(&tally, 0, sizeof tally);
-    limits.plain = test_option_u64("plain", limits.plain);
-    limits.garbage = test_option_u64("garbage", limits.garbage);
-    limits.second_one_in = test_option_u64("second", limits.second_one_in);
-    limits.rotten_one_in = test_option_u64("rotten", limits.rotten_one_in);
+    limits_override(&limits);
     explore_script(&tally, test_option("script"), config, from, one_in,
                    limits);
     tally.sim = sim_totals;

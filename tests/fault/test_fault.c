@@ -216,6 +216,9 @@ static void use_after_fault(struct tally *tally, const struct plan *plan,
     const char *op;
 
     check_not_broken(plan, life);
+    if (kvmeta_last_error(life->db, &error) != 0) {
+        life->maybe_broken = 1;          /* by what did not fail a call */
+    }
     if (life->broken || life->maybe_broken) {
         life->faulty = 1;
         life_op(life, 'p');

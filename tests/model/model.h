@@ -269,7 +269,7 @@ MODEL_INLINE unsigned model_durability(struct model *m)
 {
     static const unsigned all[8] = {
         0, KVMETA_DURABLE, KVMETA_WRITTEN, KVMETA_BUFFERED, KVMETA_BUFFERED,
-        KVMETA_BUFFERED, KVMETA_WRITTEN, 0
+        KVMETA_BUFFERED, KVMETA_BUFFERED, KVMETA_BUFFERED
     };
 
     return all[test_rng_below(&m->rng, 8)];
@@ -362,7 +362,7 @@ MODEL_INLINE void *model_alloc(size_t bytes)
  * restart, as they are not fixed at creation. */
 MODEL_INLINE void model_limits(struct model *m)
 {
-    static const uint32_t aligns[4] = {8, 64, 512, 4096};
+    static const uint32_t aligns[8] = {8, 8, 64, 64, 128, 512, 512, 4096};
     static const double amps[3] = {1.05, 1.4, 2};
     struct kvmeta_options *o = &m->options;
 
@@ -371,7 +371,7 @@ MODEL_INLINE void model_limits(struct model *m)
     o->durability = (uint32_t)test_rng_below(&m->rng, 4);
     o->sync_interval_ms = (uint32_t)test_rng_below(&m->rng, 3);
     o->log_buffer_bytes = 4096u << test_rng_below(&m->rng, 4);
-    o->log_align = aligns[test_rng_below(&m->rng, 4)];
+    o->log_align = aligns[test_rng_below(&m->rng, 8)];
     o->merge_window = 2 + (uint32_t)test_rng_below(&m->rng, 3);
     o->merge_ratio = 1 + (uint32_t)test_rng_below(&m->rng, 4);
     o->zstd_level = (int32_t)test_rng_below(&m->rng, 5) - 3;

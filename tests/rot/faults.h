@@ -106,17 +106,17 @@ static void rot_flip_bits(struct rot_walk *walk, const struct rot_file *file)
     }
 }
 
-/* Each byte becomes 0, 255 and another one. */
+/* Each byte becomes 0, and another one. */
 static void rot_set_bytes(struct rot_walk *walk, const struct rot_file *file)
 {
-    unsigned char bytes[3] = {0, 255, 0};
+    unsigned char bytes[2] = {0, 0};
     uint64_t off;
     unsigned i;
 
     for (off = 0; off < file->bytes; off++) {
-        unsigned count = rot_in_gap(walk, file, off) ? 0 : 3;
+        unsigned count = rot_in_gap(walk, file, off) ? 0 : 2;
 
-        bytes[2] = (unsigned char)test_rng_u64(&walk->rng);
+        bytes[1] = (unsigned char)test_rng_u64(&walk->rng);
         for (i = 0; i < count; i++) {
             rot_visit_edit(walk, ROT_BYTE, file, off, &bytes[i], 1);
         }
@@ -352,8 +352,8 @@ static void rot_swap_with(struct rot_walk *walk, const struct rot_file *a,
     rot_visit(walk, &fault);
 }
 
-/* Missing: this file, or this one and another. The marks may not be missing
- * together with the manifest of an empty store: then nothing is left. */
+/* Missing: this file, or this one and another. An empty store without marks
+ * and manifest is no store at all, which holds the same. */
 static void rot_delete(struct rot_walk *walk, unsigned which)
 {
     const struct rot_files *files = &walk->f->files;

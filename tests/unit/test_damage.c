@@ -277,6 +277,85 @@ static void damaged_marks_after_a_close_lose_nothing(struct unit *u)
 }
 
 /* --------------------------------------------------------------------------
+ * A newer format
+ * -------------------------------------------------------------------------- */
+
+/* CRC32C of bytes that are to be exclusive-or'ed onto others. The checksum is
+ * linear, so this is also what to exclusive-or onto theirs, whatever the seed
+ * of the file is. */
+static uint32_t crc_change(const unsigned char *bytes, size_t count)
+{
+    uint32_t crc = 0;
+    int bit;
+
+    while (count-- > 0) {
+        crc ^= *bytes++;
+        for (bit = 0; bit < 8; bit++) {
+            crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
+        }
+    }
+    return crc;
+}
+
+/* Sets the format version, at 8, of an image that ends in its checksum. */
+static void set_version(unsigned char *image, size_t bytes,
+                        unsigned char version)
+{
+    unsigned char *change = calloc(1, bytes);
+    uint32_t crc;
+    int i;
+
+    assert_non_null(change);
+    change[8] = image[8] ^ version;
+    image[8] = version;
+    crc = crc_change(change, bytes - 4);
+    for (i = 0; i < 4; i++) {
+        image[bytes - 4 + (size_t)i] ^= (unsigned char)(crc >> 8 * i);
+    }
+    free(change);
+}
+
+/* Length of the image of a manifest, at 12. */
+static size_t manifest_image(const unsigned char *image)
+{
+    return image[12] | (size_t)image[13] << 8 | (size_t)image[14] << 16;
+}
+
+/* Goal: a store of a newer format, intact, is told from a damaged one, and
+ * left alone. Method: the version of the manifest's copies, then that of a
+ * table's header, is raised and the checksum made right again. */
+static void a_newer_format_is_refused_as_such(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    unsigned char *data;
+    char table[64];
+    size_t bytes;
+
+    make_store(u);
+    data = unit_read_path(unit_path(u, "MANIFEST"), &bytes);
+    set_version(data, manifest_image(data), 2);
+    set_version(data + 4096, manifest_image(data + 4096), 2);
+    unit_write_path(unit_path(u, "MANIFEST"), data, bytes);
+    unit_open_fails(u, &options, KVMETA_E_VERSION);
+    assert_non_null(strstr(u->err.message, "MANIFEST"));
+    options.flags = KVMETA_READ_ONLY;
+    unit_open_fails(u, &options, KVMETA_E_VERSION);
+    set_version(data, manifest_image(data), 1);
+    set_version(data + 4096, manifest_image(data + 4096), 1);
+    unit_write_path(unit_path(u, "MANIFEST"), data, bytes);
+    free(data);
+    check_store(u);
+
+    assert_true(unit_find(u, ".tab", 0, table));
+    data = unit_read_path(unit_path(u, table), &bytes);
+    set_version(data, 72, 2);
+    unit_write_path(unit_path(u, table), data, bytes);
+    unit_open_fails(u, &options, KVMETA_E_VERSION);
+    assert_non_null(strstr(u->err.message, table));
+    free(data);
+}
+
+/* --------------------------------------------------------------------------
  * What is no regular file
  * -------------------------------------------------------------------------- */
 
@@ -363,6 +442,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(truncated_and_extended_files_are_corrupt),
     UNIT_CASE(one_damaged_manifest_copy_heals_and_two_are_corrupt),
     UNIT_CASE(damaged_marks_after_a_close_lose_nothing),
+    UNIT_CASE(a_newer_format_is_refused_as_such),
     UNIT_CASE(links_pipes_and_directories_are_no_files),
     UNIT_CASE(a_store_is_not_created_over_links_and_pipes),
 };
