@@ -1,4 +1,140 @@
-/* kvmeta - see kvmeta.h */
+/*
+ * kvmeta.c - a store of fixed-width records: an ordered tree in memory, a
+ * checksummed write-ahead log and compressed sorted tables on disk.
+ *
+ * This is the maintainer's manual; what a caller must know is in kvmeta.h.
+ *
+ * 1. MAP. A section uses only what stands above it.
+ *
+ *     configuration, limits, codec, CRC32C, digest   plain functions
+ *     environment      errors, memory, log callback
+ *     files, POSIX     the only system calls on files
+ *     node memory, tree, versions, edits, cursors, bulk load
+ *                      all that is in memory; no I/O
+ *     jobs, planes, blocks, tables, merge
+ *                      sorted tables: encode, write, read, merge
+ *     log frames, log writer, log replay
+ *     marks, manifest  what exists, and how far it was acknowledged
+ *     the store        the handle, failing, swapping the manifest
+ *     commit right, rotation, flush and compaction, background work, commit
+ *     open             options, listing, recovery
+ *     public functions, statistics
+ *
+ * 2. FILES, all integers little-endian. K and V are the widths of key and
+ * value. Sums are CRC32C, seeded by (uuid, kind of file, id, salt of file).
+ *
+ *   LOCK            held with flock; two marks of 64 bytes, at 0 and 4096
+ *   MANIFEST        one image, twice: at 0 and at the next multiple of 4096
+ *   w<16 hex>.wal   log: header block, then frames
+ *   t<16 hex>.tab   table: see "Table layout" and "Table blocks" below
+ *
+ *   off size mark                        off size log header block
+ *     0   8  magic "KVMMARK1"              0   8  magic "KVMLOG1"
+ *     8  16  uuid                          8   4  version
+ *    24   8  counter, ascending           12   4  align (log_align)
+ *    32   8  generation of the manifest   16  16  uuid
+ *    40   8  id of the live log           32   8  id
+ *    48   8  its durable offset           40  16  salt
+ *    56   4  zero                         56   4  K
+ *    60   4  sum over 0..59               60   4  V
+ *                                         64   4  bytes of an entry slot
+ *   off size manifest image               68   4  zero
+ *     0   8  magic "\0KVMMAN1"            72   8  seq of the first batch
+ *     8   4  version                      80  16  digest before it
+ *    12   4  bytes of the image           96  28  zero
+ *    16  16  uuid                        124   4  sum over all but itself
+ *    32   8  generation                  128  ..  zero, up to align
+ *    40   8  next id
+ *    48   8  seq of the table set        off size frame, at any multiple of 8
+ *    56  16  its digest                    0   4  magic "KvfS" or "KvfP"
+ *    72   4  K                             4   4  n, entry slots that follow
+ *    76   4  V                             8   8  pos: its own offset
+ *    80   4  tables (T)                   16   8  seq of its first batch
+ *    84   4  logs (L)                     24   8  durable: synced up to here
+ *    88   8  zero                         32  16  digest after the frame
+ *    96 56T  tables, oldest first         48   4  prev: hcrc of the frame
+ *    ..  40L  logs, oldest first                  before; the header's sum
+ *    ..   4  zero                         52   4  batches
+ *    ..   4  sum over all before          56   4  bcrc over entries and pad
+ *                                         60   4  hcrc over 0..59
+ *   off size table in the manifest        64  ..  entries, then zeros: "KvfS"
+ *     0   8  id                                   ends at a multiple of
+ *     8   8  bytes                                align, "KvfP" of 8
+ *    16   8  records
+ *    24   8  of them tombstones          off size entry, align8(8 + K + V)
+ *    32   8  first seq                     0   1  1 put, 2 remove
+ *    40   8  last seq                      1   7  zero
+ *    48   4  sum of its footer             8   K  key
+ *    52   4  zero                        8+K   V  value; zeros for remove
+ *                                         ..  ..  zero
+ *   off size log in the manifest
+ *     0   8  id
+ *     8  16  salt
+ *    24   4  1 live, 2 sealed
+ *    28   4  last hcrc (sealed)
+ *    32   8  bytes (sealed)
+ *
+ * A frame that is synced ("KvfS") ends on a multiple of align, so that the
+ * sectors that were acknowledged are never written again. A sync after frames
+ * that were not ("KvfP") writes an empty one to get there.
+ *
+ * 3. STATES of a store on disk, and what moves it. Only a swap of the
+ * manifest changes what exists; everything else is preparation or garbage.
+ *
+ *      (nothing) --create--> clean --first write--> live
+ *      live --rotate--> live + sealed --flush--> live + tables
+ *      live --close--> clean (all sealed)
+ *      live --crash, open--> clean (the log becomes a table)
+ *      tables --merge, full compaction, heal--> fewer tables
+ *
+ * 4. INVARIANTS. Each section's banner numbers its own; the ones that hold
+ * the promises together:
+ *
+ *   L1  a frame is valid at one offset of one log of one store only
+ *   W1  bytes before `durable` are never written again
+ *   W2  a commit is acknowledged as durable once `durable` has passed it
+ *   R2  a tail is dropped only if nothing says that it was acknowledged
+ *   S2  a swap returns OK once all that the new manifest names is on disk
+ *   F1  a file is unlinked only after a swap has dropped it
+ *   F2  the records of the tables sum up to the manifest's digest
+ *   C2  what is visible in durable mode is on disk
+ *   C3  what has reached the log cannot fail in memory
+ *   P2  the digest of what was recovered is the one that was stored
+ *   V1  a node is freed only when no version that may be read sees it
+ *   E1  a node is changed only if it was made in the edit's own generation
+ *
+ * 5. LOCKS, in the order in which they are taken:
+ *
+ *   job lock       one background step; the open tables
+ *   commit right   (a flag with a queue) tree edits, the live log
+ *   swap lock      over the I/O of a swap of the manifest
+ *   mark lock      over the write of a mark
+ *   state lock     short: manifest in memory, flags, the conditions
+ *   queue lock     short: the queue of the commit right
+ *   tree lock      short: node memory, the list of versions
+ *
+ * Readers take none of them, except for the tree lock when they release a
+ * snapshot. No lock is held over log_fn.
+ *
+ * 6. A CRASH at each step leaves:
+ *
+ *   create    no manifest: the next open creates; or generation 1: empty
+ *   commit    before the sync: the frame, whole or torn; kept if whole
+ *   rotate    the new log unlisted (garbage), or the swap done
+ *   flush     a table unlisted (garbage), or listed with the log unlisted
+ *   merge     the same
+ *   open      as before it, or with the live log as a table
+ *   close     live, or sealed
+ *
+ * 7. TORN OR DAMAGED? The live log is read up to the first place where no
+ * valid frame follows the chain. If any frame in the file, or a mark, says
+ * that a sync had passed that place, acknowledged bytes are damaged, and the
+ * open fails. Otherwise nothing behind it was ever acknowledged: it is
+ * dropped and counted. A sealed log has no tail: every byte must be there.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+
 /* ==========================================================================
  * Configuration and platform
  *
@@ -89,6 +225,7 @@
 
 enum {
     KV_CACHE_LINE = 64,
+    KV_PAGE_BYTES = 4096,
     KV_UUID_BYTES = 16,
     KV_SALT_BYTES = 16,
     KV_LOGS_WAITING_MAX = 8,      /* sealed logs before writers wait */
@@ -1263,6 +1400,7 @@ struct kv_tree {
     /* What readers read first. */
     _Alignas(KV_CACHE_LINE) struct kv_version *_Atomic current;
     _Atomic uint64_t gen;         /* of current, or of one before */
+    _Atomic uint64_t slots_used;  /* bit i: slot i has been used before */
     _Atomic bool gate;            /* closed: the current one is changed */
 
     /* Lock: pools and the list of versions. */
@@ -1625,6 +1763,8 @@ static const struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
         uint64_t gen = atomic_load(&t->gen);
         uint64_t free_slot = 0;
 
+        if (KV_UNLIKELY(!(atomic_load(&t->slots_used) >> i & 1)))
+            atomic_fetch_or(&t->slots_used, (uint64_t)1 << i);
         if (KV_LIKELY(!atomic_load_explicit(&t->slots[i].gen,
                                             memory_order_relaxed))
             && atomic_compare_exchange_strong(&t->slots[i].gen, &free_slot,
@@ -1653,8 +1793,10 @@ static uint64_t kv_slots_oldest(struct kv_tree *t)
 {
     uint64_t oldest = UINT64_MAX;
 
-    for (size_t i = 0; i < KV_SLOTS; i++) {
-        uint64_t gen = atomic_load(&t->slots[i].gen);
+    uint64_t used = atomic_load(&t->slots_used);
+
+    for (size_t i = 0; used; i++, used >>= 1) {
+        uint64_t gen = used & 1 ? atomic_load(&t->slots[i].gen) : 0;
 
         if (gen) oldest = kv_min(oldest, gen);
     }
@@ -4055,9 +4197,9 @@ static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
  *       20    4  sum of the block      all blocks; the footer's covers the
  *       24    K  first key             index's, and the manifest has that.
  *
- *   (T1) The manifest's size and footer sum fix every byte of a table.
- *   (T2) Blocks follow one another from the header to the index.
- *   (T3) First keys ascend strictly, and the last key of a block is below the
+ *   (Y1) The manifest's size and footer sum fix every byte of a table.
+ *   (Y2) Blocks follow one another from the header to the index.
+ *   (Y3) First keys ascend strictly, and the last key of a block is below the
  *        first key of the next.
  * ========================================================================== */
 
@@ -4505,7 +4647,7 @@ static void kv_table_source_clip(struct kv_table_source *s)
     if (s->at < s->end) s->has_from = false;
 }
 
-/* (T3) and (B4), between a decoded block and the index. */
+/* (Y3) and (B4), between a decoded block and the index. */
 static const char *kv_table_check_bounds(const struct kv_env *env,
                                          const struct kv_table *t, size_t i,
                                          const struct kv_block_view *view)
@@ -6492,6 +6634,7 @@ struct kvmeta {
     void *memory;                   /* what holds this struct */
     struct kv_env env;
     struct kvmeta_options options;  /* defaults filled in */
+    _Atomic uint32_t *alive;        /* 0 in a forked child; NULL: ask */
     struct kv_file lock;
     bool locks_made;
     bool has_thread;
@@ -6513,7 +6656,7 @@ struct kvmeta {
     pthread_mutex_t queue_lock;
     struct kv_request *queue_first;
     struct kv_request *queue_last;
-    size_t queue_count;
+    _Atomic size_t queue_count;
     size_t last_group;              /* requests that shared the last sync */
     bool leading;
 
@@ -6564,8 +6707,21 @@ static uint64_t kv_now(const struct kvmeta *db)
     return db->env.vfs->clock_ns(db->env.vfs->user);
 }
 
+/* For a counter that only the holder of the commit right changes: no locked
+ * instruction. */
+static void kv_counter_add(_Atomic uint64_t *counter, uint64_t n)
+{
+    uint64_t now = atomic_load_explicit(counter, memory_order_relaxed);
+
+    atomic_store_explicit(counter, now + n, memory_order_relaxed);
+}
+
+/* In a forked child? The kernel empties the alive page there, so that asking
+ * costs one load; a system call before every write would cost 200 ns. */
 static bool kv_forked(const struct kvmeta *db)
 {
+    if (KV_LIKELY(db->alive != NULL))
+        return atomic_load_explicit(db->alive, memory_order_relaxed) == 0;
     return db->env.vfs->process_id(db->env.vfs->user) != db->env.process_id;
 }
 
@@ -7752,8 +7908,9 @@ static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
     r->changed = entries > 0;
     if (!r->changed) return;
     db->buffer.batches++;
-    db->counters.commits++;
-    db->counters.user_bytes += (uint64_t)entries * db->env.shape.record_bytes;
+    kv_counter_add(&db->counters.commits, 1);
+    kv_counter_add(&db->counters.user_bytes,
+                   (uint64_t)entries * db->env.shape.record_bytes);
 }
 
 /* The state now is durable: for the statistics, and the worker's timers. */
@@ -7958,6 +8115,7 @@ static void kv_commit_gather(struct kvmeta *db, struct kv_request *first)
     size_t count = 1;
 
     first->next = NULL;
+    if (db->last_group == 1 && atomic_load(&db->queue_count) == 0) return;
     pthread_mutex_lock(&db->queue_lock);
     while (db->queue_first && !db->queue_first->exclusive) {
         bytes += db->queue_first->changes * slot;
@@ -8746,6 +8904,7 @@ static void kv_store_free(struct kvmeta *db)
         pthread_cond_destroy(&db->work);
         pthread_cond_destroy(&db->progress);
     }
+    if (db->alive) munmap((void *)(uintptr_t)db->alive, KV_PAGE_BYTES);
     kv_free(&env, db->memory);
 }
 
@@ -8761,6 +8920,28 @@ static int kv_store_make_locks(struct kvmeta *db)
     if (!e) e = pthread_cond_init(&db->progress, NULL);
     db->locks_made = e == 0;
     return e;
+}
+
+/* A page that a fork empties; NULL where the system has no such thing. */
+static _Atomic uint32_t *kv_alive_map(const struct kv_env *env)
+{
+    void *page = NULL;
+
+#ifdef MADV_WIPEONFORK
+    if (env->realloc_fn || env->vfs->process_id != kv_posix_process_id)
+        return NULL;
+    page = mmap(NULL, KV_PAGE_BYTES, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) return NULL;
+    if (madvise(page, KV_PAGE_BYTES, MADV_WIPEONFORK) != 0) {
+        munmap(page, KV_PAGE_BYTES);
+        return NULL;
+    }
+    atomic_store((_Atomic uint32_t *)page, 1);
+#else
+    (void)env;
+#endif
+    return page;
 }
 
 static int kv_store_new(const struct kvmeta_options *options,
@@ -8781,6 +8962,7 @@ static int kv_store_new(const struct kvmeta_options *options,
     db->env = env;
     db->options = *options;
     db->env.process_id = env.vfs->process_id(env.vfs->user);
+    db->alive = kv_alive_map(&db->env);
     rc = kv_shape_init(&db->env.shape, options->key_bytes,
                        options->value_bytes);
     assert(rc == KVMETA_OK);
