@@ -39,7 +39,7 @@
  *    60   4  sum over 0..59               60   4  V
  *                                         64   4  bytes of an entry slot
  *   off size manifest image               68   4  zero
- *     0   8  magic "\0KVMMAN1"            72   8  seq of the first batch
+ *     0   8  magic "KVMMAN1"              72   8  seq of the first batch
  *     8   4  version                      80  16  digest before it
  *    12   4  bytes of the image           96  28  zero
  *    16  16  uuid                        124   4  sum over all but itself
@@ -5288,6 +5288,8 @@ static int kv_merge_open(struct kv_env *env, struct kv_source **sources,
 enum {
     KV_LOG_VERSION = 1,
     KV_LOG_HEADER_BYTES = 128,
+    KV_LOG_UUID_OFF = 16,
+    KV_LOG_ALIGN_MAX = 65536,
     KV_FRAME_BYTES = 64,
     KV_ENTRY_BYTES = 8,           /* op and zeros in front of an entry */
     KV_ENTRY_PUT = 1,
@@ -5366,7 +5368,7 @@ static void kv_log_head_encode(const struct kv_env *env,
     kv_store_le64(block, KV_LOG_MAGIC);
     kv_store_le32(block + 8, KV_LOG_VERSION);
     kv_store_le32(block + 12, head->align);
-    memcpy(block + 16, env->uuid, KV_UUID_BYTES);
+    memcpy(block + KV_LOG_UUID_OFF, env->uuid, KV_UUID_BYTES);
     kv_store_le64(block + 32, head->id);
     memcpy(block + 40, head->salt, KV_SALT_BYTES);
     kv_store_le32(block + 56, env->shape.key_bytes);
@@ -5392,7 +5394,7 @@ static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
     if (bytes < KV_LOG_HEADER_BYTES) return "shorter than a log header";
     if (kv_load_le64(block) != KV_LOG_MAGIC) return "not a log header";
     align = kv_load_le32(block + 12);
-    if (align < 8 || align > 65536 || (align & (align - 1)) != 0)
+    if (align < 8 || align > KV_LOG_ALIGN_MAX || (align & (align - 1)) != 0)
         return "log header: align out of range";
     if (bytes < kv_log_first(align)) return "shorter than a log header";
 
@@ -5543,7 +5545,7 @@ static void kv_log_buffer_clear(struct kv_log_buffer *buf)
 static int kv_log_buffer_reserve(struct kv_env *env, struct kv_log_buffer *buf,
                                  size_t bytes, struct kvmeta_error *err)
 {
-    size_t need = buf->used + bytes + 65536;
+    size_t need = buf->used + bytes + KV_LOG_ALIGN_MAX;
     void *p;
 
     if (KV_LIKELY(need <= buf->cap)) return KVMETA_OK;
@@ -6235,7 +6237,7 @@ enum {
     KV_LOG_STATE_SEALED = 2
 };
 
-#define KV_MANIFEST_MAGIC 0x314E414D4D564B00u /* "\0KVMMAN1" */
+#define KV_MANIFEST_MAGIC 0x00314E414D4D564Bu /* "KVMMAN1" */
 
 _Static_assert(KV_LOGS_WAITING_MAX + 2 <= KV_MANIFEST_LOGS_MAX,
                "the backlog, the live log and its successor must fit");
@@ -7618,7 +7620,7 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     heal = db->heal_wanted;
     flush = waiting > 0
         && (kv_manifest_live(&db->manifest) || db->flush_wanted
-            || waiting >= KV_LOGS_WAITING_MAX);
+            || db->backlogged);
     full = db->full_wanted;
     pthread_mutex_unlock(&db->state_lock);
 
@@ -8213,7 +8215,7 @@ static const struct kv_option_range kv_option_ranges[] = {
     KV_RANGE32(durability, 1, 3, KVMETA_DURABLE),
     KV_RANGE32(sync_interval_ms, 0, 3600000, 0),
     KV_RANGE32(log_buffer_bytes, 4096, 64u << 20, 32 << 10),
-    KV_RANGE32(log_align, 8, 65536, 512),
+    KV_RANGE32(log_align, 8, KV_LOG_ALIGN_MAX, 512),
     KV_RANGE32(merge_ratio, 1, 100, 3),
     KV_RANGE32(merge_window, 2, 64, 10),
     KV_RANGE32(open_threads, 0, 64, 0),
@@ -8397,20 +8399,27 @@ static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
                             struct kvmeta_error *err)
 {
     struct kv_env other = {.crc = env->crc, .shape = env->shape};
-    struct kv_run run = {0};
+    struct kv_log_head head;
+    unsigned char *bytes;
+    uint64_t size = 0;
     uint32_t seed;
-    size_t at = file->kind == KV_FILE_LOG ? 16 : KV_TABLE_UUID_OFF;
+    size_t at = file->kind == KV_FILE_LOG ? KV_LOG_UUID_OFF
+                                          : KV_TABLE_UUID_OFF;
     bool whole = false;
-    int rc = kv_run_read_file(env, file, &run, err);
+    int rc = kv_file_size(env, file, &size, err);
 
-    if (!rc && run.size >= KV_TABLE_HEADER_BYTES) {
-        memcpy(other.uuid, run.bytes + at, KV_UUID_BYTES);
+    if (rc || size < KV_TABLE_HEADER_BYTES) return rc;
+    size = kv_min(size, KV_LOG_ALIGN_MAX);    /* no header is longer */
+    bytes = kv_alloc(env, (size_t)size);
+    if (!bytes) return kv_fail_memory(err, (size_t)size);
+    rc = kv_file_read(env, file, bytes, (size_t)size, 0, err);
+    if (!rc) {
+        memcpy(other.uuid, bytes + at, KV_UUID_BYTES);
         whole = file->kind == KV_FILE_LOG
-            ? !kv_log_head_decode(&other, file->id, run.bytes, run.size,
-                                  &run.head)
-            : !kv_table_header_decode(&other, file, run.bytes, &seed, NULL);
+            ? !kv_log_head_decode(&other, file->id, bytes, size, &head)
+            : !kv_table_header_decode(&other, file, bytes, &seed, NULL);
     }
-    kv_run_free(env, &run);
+    kv_free(env, bytes);
     if (!whole || memcmp(other.uuid, env->uuid, KV_UUID_BYTES) == 0) return rc;
     return kv_fail_corrupt(err, file, at, "file of another store");
 }
@@ -9113,7 +9122,7 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
 }
 
 static int kv_open_once(const char *path, const struct kvmeta_options *options,
-                        bool locked_again, struct kvmeta **out, bool *again,
+                        struct kvmeta **out, bool *again,
                         struct kvmeta_error *err)
 {
     struct kv_recovery rec = {0};
@@ -9123,7 +9132,6 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
 
     *again = false;
     if (rc) return rc;
-    (void)locked_again;
     start = kv_now(db);
     rec.db = db;
     rc = kv_open_dir(db, path, err);
@@ -9163,8 +9171,8 @@ int kvmeta_open(const char *dir, const struct kvmeta_options *options,
     if (!dir || !options || !db)
         return kv_fail(err, KVMETA_E_INVALID, 0, "NULL argument");
     rc = kv_options_normalize(options, &o, err);
-    if (!rc) rc = kv_open_once(dir, &o, false, db, &again, err);
-    if (!rc && again) rc = kv_open_once(dir, &o, true, db, &again, err);
+    if (!rc) rc = kv_open_once(dir, &o, db, &again, err);
+    if (!rc && again) rc = kv_open_once(dir, &o, db, &again, err);
     if (!rc) memset(err, 0, sizeof *err);
     assert(rc <= KVMETA_CONFLICT);
     return rc;
