@@ -5608,21 +5608,16 @@ static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
 /*
  * The disk was full in the middle of a frame, whose caller hears that nothing
  * has changed: what was written of it must not be found by a recovery, not
- * even if only its pad is missing. If this fails, the outcome is open.
+ * even if only its pad is missing. Cutting the file off needs no space. If
+ * this fails, the outcome is open.
  */
 static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
                        struct kvmeta_error *err)
 {
-    static const unsigned char zeros[KV_FRAME_BYTES];
     struct kvmeta_error own = {0};
-    uint64_t size = 0;
-    int rc = kv_file_size(env, &log->file, &size, &own);
+    int rc = kv_file_truncate(env, &log->file, log->end, &own);
 
-    if (!rc && size <= log->end) return KVMETA_OK;
-    if (!rc)
-        rc = kv_file_write(env, &log->file, zeros,
-                           (size_t)kv_min(sizeof zeros, size - log->end),
-                           log->end, &own);
+    if (!rc) log->size = log->end;
     if (!rc) rc = kv_file_sync(env, &log->file, &own);
     if (!rc) return KVMETA_OK;
     own.code = KVMETA_E_IO;
