@@ -1345,7 +1345,7 @@ static void kv_pool_free(struct kv_pool *pool)
  * ========================================================================== */
 
 enum {
-    KV_LEAF_BYTES = 1024,
+    KV_LEAF_BYTES = 2048,
     KV_INNER_BYTES = 2048,
     KV_LEAF_MIN = 8,              /* records that a leaf has room for */
     KV_INNER_MIN = 16,            /* children that an inner node has room for */
@@ -1607,9 +1607,10 @@ static size_t kv_inner_child(const struct kv_tree *t,
     return kv_node_rank(t, node, node->count - 1, p, true, &match);
 }
 
-/* The lines of a node that a search reads first. */
+/* The first `bytes` of a node; of the leaves of wide records only a part. */
 static void kv_node_prefetch(const struct kv_node *node, size_t bytes)
 {
+    if (bytes > KV_INNER_BYTES) bytes = KV_INNER_BYTES;
     for (size_t off = 0; off < bytes; off += KV_CACHE_LINE)
         KV_PREFETCH(kv_node_at(node, (uint32_t)off));
 }
@@ -1624,8 +1625,12 @@ static const unsigned char *kv_tree_find(const struct kv_tree *t,
     size_t i;
 
     if (!node) return NULL;
-    while (node->level > 0)
+    /* All lines of the next node at once: what the search reads of it later,
+     * the child or the tail and the value, need not wait for its heads. */
+    for (uint32_t level = v->height - 1; level > 0; level--) {
         node = kv_children(t, node)[kv_inner_child(t, node, p)];
+        kv_node_prefetch(node, level > 1 ? t->inner.bytes : t->leaf.bytes);
+    }
     i = kv_node_rank(t, node, node->count, p, false, &match);
     return match ? kv_value(t, node, i) : NULL;
 }
@@ -1649,9 +1654,28 @@ static void kv_tree_descend_many(const struct kv_tree *t,
             size_t child = kv_inner_child(t, nodes[i], probes[i]);
 
             nodes[i] = kv_children(t, nodes[i])[child];
-            kv_node_prefetch(nodes[i], level > 1 ? inner_bytes : leaf_bytes);
+            /* The few nodes near the root are in the cache. */
+            if (level <= 2)
+                kv_node_prefetch(nodes[i], level > 1 ? inner_bytes
+                                                     : leaf_bytes);
         }
     }
+}
+
+/* Is the key in the leaf? *place: where its head would be; gets where it is,
+ * which only differs where records share a head. */
+static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
+                           struct kv_probe p, size_t *place)
+{
+    bool match;
+
+    if (*place >= leaf->count || kv_heads(leaf)[*place] != p.head)
+        return false;
+    if (memcmp(kv_tail(t, leaf, *place), p.tail,
+               t->env->shape.tail_bytes) == 0)
+        return true;
+    *place = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    return match;
 }
 
 static void kv_tree_find_batch(const struct kv_tree *t,
@@ -1671,17 +1695,13 @@ static void kv_tree_find_batch(const struct kv_tree *t,
         size_t place = kv_count_less(t, kv_heads(nodes[i]), nodes[i]->count,
                                      probes[i].head);
 
-        if (place >= nodes[i]->count) place = 0;
+        places[i] = place;
+        if (place >= nodes[i]->count) continue;
         KV_PREFETCH(kv_tail(t, nodes[i], place));
         KV_PREFETCH(kv_value(t, nodes[i], place));
     }
-    for (size_t i = 0; i < n; i++) {
-        bool match;
-
-        places[i] = kv_node_rank(t, nodes[i], nodes[i]->count, probes[i],
-                                 false, &match);
-        found[i] = match;
-    }
+    for (size_t i = 0; i < n; i++)
+        found[i] = kv_tree_settle(t, nodes[i], probes[i], &places[i]);
     for (size_t i = 0; i < n; i++)
         if (found[i] && value_bytes)
             memcpy(values + i * value_bytes, kv_value(t, nodes[i], places[i]),
@@ -2316,6 +2336,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
         struct kv_node *child = kv_children(t, node)[i];
         bool last = edge && i + 1 == node->count;
 
+        if (node->level == 1) kv_node_prefetch(child, t->leaf.bytes);
         if (child->level > 0 && KV_UNLIKELY(kv_node_full(t, child))) {
             (void)kv_edit_own(e, &kv_children(t, node)[i]);
             kv_edit_split(e, node, i, last ? child->count - 1
