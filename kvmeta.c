@@ -2059,22 +2059,29 @@ static void kv_tree_warm(const struct kv_tree *t,
     for (size_t i = 0; i < n; i++) kv_node_prefetch(nodes[i], t->leaf.bytes);
 }
 
+/* An empty node, with its heads padded (T4). */
+static void kv_node_init(const struct kv_tree *t, struct kv_node *node,
+                         uint32_t level, uint64_t gen)
+{
+    int64_t *heads = kv_heads(node);
+
+    node->gen = gen;
+    node->dead_next = NULL;
+    node->count = 0;
+    node->level = level;
+    for (size_t i = 0; i < kv_layout_of(t, node)->cap_padded; i++)
+        heads[i] = KV_HEAD_PAD;
+}
+
 static struct kv_node *kv_edit_new(struct kv_edit *e, uint32_t level)
 {
     struct kv_tree *t = e->tree;
-    const struct kv_layout *l = level == 0 ? &t->leaf : &t->inner;
     struct kv_node *node;
-    int64_t *heads;
 
     pthread_mutex_lock(&t->lock);
     node = kv_pool_take(level == 0 ? &t->leaves : &t->inners);
     pthread_mutex_unlock(&t->lock);
-    node->gen = e->version->gen;
-    node->dead_next = NULL;
-    node->count = 0;
-    node->level = level;
-    heads = kv_heads(node);
-    for (size_t i = 0; i < l->cap_padded; i++) heads[i] = KV_HEAD_PAD;
+    kv_node_init(t, node, level, e->version->gen);
     return node;
 }
 
@@ -2738,41 +2745,25 @@ static bool kv_cursor_prev(struct kv_cursor *c)
     return kv_cursor_cross(c, false) && kv_cursor_stand(c);
 }
 
-/* The first record with a key >= `key`. */
-static bool kv_cursor_seek(struct kv_cursor *c, const void *key)
+/* The first record with a key >= `key`; with `le` the last one <= `key`. */
+static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
 {
     const struct kv_tree *t = c->tree;
     struct kv_probe p = kv_probe_make(t, key);
     struct kv_node *leaf;
     bool match;
+    size_t rank;
 
     c->valid = false;
     if (!c->version->root) return false;
     kv_path_find(t, c->version->root, p, &c->path);
     leaf = c->path.nodes[0];
-    c->path.index[0] = kv_node_rank(t, leaf, leaf->count, p, false, &match);
-    if (c->path.index[0] < leaf->count) return kv_cursor_stand(c);
-    return kv_cursor_cross(c, true) && kv_cursor_stand(c);
-}
-
-/* The last record with a key <= `key`. */
-static bool kv_cursor_seek_le(struct kv_cursor *c, const void *key)
-{
-    const struct kv_tree *t = c->tree;
-    struct kv_probe p = kv_probe_make(t, key);
-    struct kv_node *leaf;
-    bool match;
-
-    c->valid = false;
-    if (!c->version->root) return false;
-    kv_path_find(t, c->version->root, p, &c->path);
-    leaf = c->path.nodes[0];
-    c->path.index[0] = kv_node_rank(t, leaf, leaf->count, p, true, &match);
-    if (c->path.index[0] > 0) {
-        c->path.index[0]--;
+    rank = kv_node_rank(t, leaf, leaf->count, p, le, &match);
+    if (le ? rank > 0 : rank < leaf->count) {
+        c->path.index[0] = rank - le;
         return kv_cursor_stand(c);
     }
-    return kv_cursor_cross(c, false) && kv_cursor_stand(c);
+    return kv_cursor_cross(c, !le) && kv_cursor_stand(c);
 }
 
 static const unsigned char *kv_cursor_key(const struct kv_cursor *c)
@@ -2818,10 +2809,8 @@ static size_t kv_load_fill(const struct kv_layout *l)
 static int kv_load_node(struct kv_tree *t, uint32_t level,
                         struct kv_node **out, struct kvmeta_error *err)
 {
-    const struct kv_layout *l = level == 0 ? &t->leaf : &t->inner;
     struct kv_pool *pool = level == 0 ? &t->leaves : &t->inners;
     struct kv_node *node;
-    int64_t *heads;
     int rc;
 
     pthread_mutex_lock(&t->lock);
@@ -2829,12 +2818,7 @@ static int kv_load_node(struct kv_tree *t, uint32_t level,
     node = rc ? NULL : kv_pool_take(pool);
     pthread_mutex_unlock(&t->lock);
     if (rc) return rc;
-    node->gen = kv_tree_current(t)->gen;
-    node->dead_next = NULL;
-    node->count = 0;
-    node->level = level;
-    heads = kv_heads(node);
-    for (size_t i = 0; i < l->cap_padded; i++) heads[i] = KV_HEAD_PAD;
+    kv_node_init(t, node, level, kv_tree_current(t)->gen);
     *out = node;
     return KVMETA_OK;
 }
@@ -9356,7 +9340,7 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
     if (!db || !fn) return KVMETA_E_INVALID;
     v = kv_tree_hold(&db->tree);
     kv_cursor_init(&db->tree, v, &c);
-    there = from ? kv_cursor_seek(&c, from) : kv_cursor_first(&c);
+    there = from ? kv_cursor_seek(&c, from, false) : kv_cursor_first(&c);
     while (there && rc == 0) {
         if (to && memcmp(kv_cursor_key(&c), to, db->env.shape.key_bytes) >= 0)
             break;
@@ -9685,13 +9669,15 @@ int kvmeta_cursor_last(kvmeta_cursor *cursor)
 int kvmeta_cursor_seek(kvmeta_cursor *cursor, const void *key)
 {
     if (!cursor || !key) return KVMETA_E_INVALID;
-    return kv_cursor_seek(&cursor->at, key) ? KVMETA_OK : KVMETA_NOT_FOUND;
+    return kv_cursor_seek(&cursor->at, key, false) ? KVMETA_OK
+                                                   : KVMETA_NOT_FOUND;
 }
 
 int kvmeta_cursor_seek_le(kvmeta_cursor *cursor, const void *key)
 {
     if (!cursor || !key) return KVMETA_E_INVALID;
-    return kv_cursor_seek_le(&cursor->at, key) ? KVMETA_OK : KVMETA_NOT_FOUND;
+    return kv_cursor_seek(&cursor->at, key, true) ? KVMETA_OK
+                                                  : KVMETA_NOT_FOUND;
 }
 
 int kvmeta_cursor_next(kvmeta_cursor *cursor)
