@@ -173,7 +173,7 @@ tests: $(TESTS)
 CHOSEN = $(if $(T),$(filter $(addprefix %/,$(T) $(T:=.sh)),$(ORDERED)), \
     $(ORDERED))
 
-check: all $(TESTS) $(EXAMPLES)
+check: all $(filter $(TESTS),$(CHOSEN)) $(EXAMPLES)
 	@BUILD='$(BUILD)' CC='$(CC)' tests/run --scale $(SCALE) $(CHOSEN)
 
 check-long:
@@ -186,7 +186,7 @@ SANITIZED = $(MAKE) --no-print-directory BUILD=build-$@ CFLAGS='-O1 -g' \
 SAN_SCALE ?= 0
 
 .PHONY: asan ubsan tsan coverage check-programs
-check-programs: $(TESTS)
+check-programs: $(filter $(TESTS),$(CHOSEN))
 	@BUILD='$(BUILD)' tests/run --scale $(SCALE) $(filter-out %.sh,$(CHOSEN))
 
 asan:

@@ -1218,7 +1218,8 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
                         struct kvmeta_error *err)
 {
     size_t eight = 8 * pool->node_bytes;
-    size_t bytes = (size_t)kv_max(eight, kv_min(pool->bytes, KV_SLAB_BYTES));
+    size_t bytes = (size_t)kv_max(eight,
+                                  kv_min(pool->bytes / 8, KV_SLAB_BYTES));
     struct kv_slab *slab;
 
     bytes -= bytes % pool->node_bytes;
@@ -1691,7 +1692,7 @@ static void kv_tree_find_batch(const struct kv_tree *t,
                                unsigned char *values, unsigned char *found)
 {
     const struct kv_node *nodes[KV_BATCH];
-    struct kv_probe probes[KV_BATCH];
+    struct kv_probe probes[KV_BATCH] = {{0}};
     size_t places[KV_BATCH];
     size_t value_bytes = t->env->shape.value_bytes;
 
@@ -1883,8 +1884,8 @@ static bool kv_version_free_locked(struct kv_tree *t, struct kv_version *v,
     return true;
 }
 
-/* Frees what nobody can see any more, a bounded part of it. Returns whether
- * there may be more. */
+/* Frees what nobody can see any more, up to KV_RECLAIM_MAX nodes of it, since
+ * others wait for the lock. Returns whether there may be more. */
 static bool kv_tree_reclaim_locked(struct kv_tree *t)
 {
     uint64_t pinned = kv_slots_oldest(t);
@@ -2556,12 +2557,29 @@ static void kv_edit_end_locked(struct kv_edit *e)
     kv_tree_trim_locked(t);
 }
 
+/* Frees as much as the edit has replaced, and then some: what is no longer
+ * seen must not pile up behind large batches. */
+static void kv_edit_reclaim(struct kv_edit *e, size_t buried)
+{
+    struct kv_tree *t = e->tree;
+    size_t rounds = 2 + 2 * buried / KV_RECLAIM_MAX;
+    bool more = true;
+
+    for (; more && rounds > 0; rounds--) {
+        pthread_mutex_lock(&t->lock);
+        more = kv_tree_reclaim_locked(t);
+        kv_edit_end_locked(e);
+        pthread_mutex_unlock(&t->lock);
+    }
+}
+
 /* Makes the state built the current one, as of commit `seq`. */
 static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
 {
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
     struct kv_version *base = kv_tree_current(t);
+    size_t buried = 0;
 
     v->seq = seq;
     if (e->in_place) {
@@ -2571,10 +2589,7 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
         if (KV_LIKELY(!t->unreclaimed && t->leaves.empty_slabs <= 1
                       && t->leaves.reserved == 0))
             return;
-        pthread_mutex_lock(&t->lock);
-        (void)kv_tree_reclaim_locked(t);
-        kv_edit_end_locked(e);
-        pthread_mutex_unlock(&t->lock);
+        kv_edit_reclaim(e, 0);
         return;
     }
     pthread_mutex_lock(&t->lock);
@@ -2586,12 +2601,12 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
 
         e->dead = node->dead_next;
         kv_version_bury_locked(t, base, node);
+        buried++;
     }
     atomic_store(&t->current, v);
     atomic_store(&t->gen, v->gen);
-    (void)kv_tree_reclaim_locked(t);
-    kv_edit_end_locked(e);
     pthread_mutex_unlock(&t->lock);
+    kv_edit_reclaim(e, buried);
 }
 
 /* Frees the nodes below and at `root` that were made in gen or later: those
@@ -3168,6 +3183,8 @@ struct kv_job {
     _Atomic bool *stop;           /* or NULL: cannot be stopped */
     uint64_t bytes_per_s;         /* 0: as fast as it can */
     uint64_t due_ns;              /* the bytes so far are paid for then */
+    void (*between)(void *arg);   /* what cannot wait for its end, or NULL */
+    void *between_arg;
 };
 
 static bool kv_job_stopped(const struct kv_job *job)
@@ -3199,6 +3216,7 @@ static int kv_job_pace(struct kv_job *job, uint64_t bytes)
     uint64_t now;
 
     if (kv_job_stopped(job)) return KV_STOPPED;
+    if (job->between) job->between(job->between_arg);
     if (job->bytes_per_s == 0) return KVMETA_OK;
     assert(bytes <= UINT32_MAX); /* so that the product fits */
     now = vfs->clock_ns(vfs->user);
@@ -4222,6 +4240,9 @@ enum {
     KV_TABLE_VERSION = 1,
     KV_TABLE_HEADER_BYTES = 72,
     KV_TABLE_UUID_OFF = 24,
+    /* Written bytes are synced this often: a large table synced in one go at
+     * its end would hold up the syncs of the log meanwhile. */
+    KV_TABLE_SYNC_BYTES = 2 << 20,
     KV_TABLE_FOOTER_BYTES = 96,
     KV_TABLE_ENTRY_BYTES = 24     /* of the index, in front of the key */
 };
@@ -4832,6 +4853,7 @@ struct kv_table_writer {
     struct kvmeta_digest sum;
     struct kv_encoder encoder;
     uint64_t out_off;             /* where `out` goes in the file */
+    uint64_t unsynced_bytes;
     size_t out_bytes;
     size_t out_cap;
     unsigned char *out;
@@ -4884,8 +4906,11 @@ static int kv_table_writer_write(struct kv_table_writer *w,
                        err);
     if (rc) return rc;
     w->out_off += w->out_bytes;
+    w->unsynced_bytes += w->out_bytes;
     w->out_bytes = 0;
-    return KVMETA_OK;
+    if (w->unsynced_bytes < KV_TABLE_SYNC_BYTES) return KVMETA_OK;
+    w->unsynced_bytes = 0;
+    return kv_file_sync(w->job->env, &w->file, err);
 }
 
 /* Appends bytes that exist already. */
@@ -6781,6 +6806,13 @@ static uint64_t kv_store_new_id(struct kvmeta *db)
     return id;
 }
 
+/* In the second half of a log the background is woken this often, to sync it
+ * up to there. */
+static uint64_t kv_log_step_bytes(const struct kvmeta *db)
+{
+    return db->options.log_bytes_max / 16;
+}
+
 static void kv_store_wake(struct kvmeta *db)
 {
     pthread_mutex_lock(&db->state_lock);
@@ -7097,9 +7129,14 @@ static int kv_rotate(struct kvmeta *db, bool successor,
  * it; (F2): the records of the tables always sum up to manifest.digest.
  * ========================================================================== */
 
+/* Syncs and preparations of the log that are due while a long step runs. */
+static void kv_step_between(void *arg);
+
 static void kv_job_init(struct kvmeta *db, struct kv_job *job)
 {
     memset(job, 0, sizeof *job);
+    job->between = kv_step_between;
+    job->between_arg = db;
     job->env = &db->env;
     job->zstd_level = db->options.zstd_level;
     job->stop = &db->stopping;
@@ -7585,13 +7622,11 @@ static enum kv_step kv_plan_log(struct kvmeta *db)
     pthread_mutex_lock(&db->state_lock);
     prepared = db->prepared.file.open;
     pthread_mutex_unlock(&db->state_lock);
-    if (end < db->options.log_bytes_max / 2) {
-        if (end < db->background_synced) db->background_synced = 0;
-        return KV_STEP_NONE;
-    }
+    if (end < db->background_synced) db->background_synced = 0;
+    if (end < db->options.log_bytes_max / 2) return KV_STEP_NONE;
     if (!prepared) return KV_STEP_PREPARE;
     if (db->options.durability != KVMETA_DURABLE
-        && end > db->background_synced + db->options.log_bytes_max / 8)
+        && end >= db->background_synced + kv_log_step_bytes(db))
         return KV_STEP_LOG_SYNC;
     return KV_STEP_NONE;
 }
@@ -7721,6 +7756,25 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
     db->counters.background_errors++;
     kv_log(&db->env, damaged ? KVMETA_LOG_WARNING : KVMETA_LOG_ERROR,
            "background: %s", err->message);
+}
+
+static void kv_step_between(void *arg)
+{
+    struct kvmeta *db = arg;
+    struct kvmeta_error err = {0};
+    struct kv_plan plan = {.step = kv_plan_timed(db)};
+    int rc;
+
+    if (db->failed) return;
+    if (!plan.step) plan.step = kv_plan_log(db);
+    if (!plan.step) return;
+    rc = kv_step_do(db, &plan, &err);
+    if (!rc) return;
+    pthread_mutex_lock(&db->state_lock);
+    db->background_error = err;
+    pthread_mutex_unlock(&db->state_lock);
+    db->counters.background_errors++;
+    kv_log(&db->env, KVMETA_LOG_ERROR, "background: %s", err.message);
 }
 
 /* One step; *did: there was one. */
@@ -7974,8 +8028,9 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
         if (batches > db->counters.group_commits_max)
             db->counters.group_commits_max = batches;
         db->log_end = log->end;
-        if (start < db->options.log_bytes_max / 2
-            && log->end >= db->options.log_bytes_max / 2)
+        if (log->end >= db->options.log_bytes_max / 2
+            && start / kv_log_step_bytes(db)
+            != log->end / kv_log_step_bytes(db))
             kv_store_wake(db);
     }
     if (!sync || log->end == log->durable) return KVMETA_OK;
@@ -8812,6 +8867,7 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
     int rc;
 
     kv_job_init(db, &job);
+    job.between = NULL;
     rc = kv_inputs_open(rec, &job, NULL, NULL, false, &in, err);
     if (!rc) rc = kv_merge_open(&db->env, in.sources, in.count, &merge, err);
     if (!rc && rec->seq >= first_seq)
@@ -9058,7 +9114,7 @@ static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
         struct kv_file lock = {0};
 
         rc = kv_file_open(&db->env, KV_FILE_LOCK, 0, 0, &lock, err);
-        if (!rc) rc = kv_marks_read(&db->env, &lock, rec->marks, NULL);
+        if (!rc) rc = kv_marks_read(&db->env, &lock, rec->marks, err);
         kv_file_close(&db->env, &lock);
         /* Any valid mark is one too many: also that of a foreign store. */
         if (rc == KVMETA_E_CORRUPT || rec->marks[0].counter

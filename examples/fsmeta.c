@@ -1070,6 +1070,9 @@ static void recovery_report(struct demo *demo, double seconds)
            "%s frames, %s batches", number(stats.open_log_frames),
            number(stats.open_log_batches));
     figure("torn bytes dropped", number(stats.open_torn_bytes), "%s", why);
+    figure("bytes in memory", size_text(stats.resident_bytes),
+           "%.2f of the records'", (double)stats.resident_bytes /
+           (double)stats.logical_bytes);
     if (stats.open_healed + stats.open_garbage_files > 0) {
         figure("left over files removed", number(stats.open_garbage_files),
                "manifest copies healed: %" PRIu32, stats.open_healed);

@@ -45,6 +45,8 @@ struct tally {
     uint64_t faulted_lives;
     uint64_t failed_opens;               /* under a fault, as they may */
     uint64_t rotten_manifests;
+    uint64_t stale_manifests;
+    uint64_t stale_refused;              /* the others did no harm */
     uint64_t listed;                     /* points with all cuts walked */
     uint64_t sampled;                    /* ... and with some of them */
     uint64_t same;                       /* scripts that end as a shorter one */
@@ -58,6 +60,15 @@ struct limits {
     uint64_t garbage;                    /* ... and with garbage */
     uint64_t second_one_in;              /* states that live on */
     uint64_t rotten_one_in;              /* states that lose a manifest copy */
+    uint64_t stale_one_in;               /* ... get an older manifest back */
+};
+
+#define MANIFESTS_MAX 32
+
+/* A manifest that the store has had. */
+struct manifest {
+    unsigned char *data;
+    uint64_t bytes;
 };
 
 struct explorer {
@@ -74,7 +85,8 @@ struct explorer {
     struct limits given;                 /* for the script */
     struct limits limits;                /* in this life */
     struct test_rng rng;
-    struct test_alloc *alloc;
+    struct manifest manifests[MANIFESTS_MAX];    /* oldest first */
+    unsigned manifest_count;
     struct tally *tally;
 };
 
@@ -100,13 +112,14 @@ static void report(struct explorer *explorer, const struct life *life,
                fault->partial ? ", partly done" : "");
     }
     test_replay("--script %s --config %u --from %u --one-in %llu --plain %llu "
-                "--garbage %llu --second %llu --rotten %llu",
+                "--garbage %llu --second %llu --rotten %llu --stale %llu",
                 explorer->script, explorer->config, explorer->from,
                 (unsigned long long)explorer->given_one_in,
                 (unsigned long long)explorer->given.plain,
                 (unsigned long long)explorer->given.garbage,
                 (unsigned long long)explorer->given.second_one_in,
-                (unsigned long long)explorer->given.rotten_one_in);
+                (unsigned long long)explorer->given.rotten_one_in,
+                (unsigned long long)explorer->given.stale_one_in);
 }
 
 /* --------------------------------------------------------------------------
@@ -152,6 +165,83 @@ static int rot_manifest(struct explorer *explorer, struct sim_fs *fs)
     free(data);
     explorer->tally->rotten_manifests++;
     return 1;
+}
+
+/* --------------------------------------------------------------------------
+ * Stale manifests
+ * -------------------------------------------------------------------------- */
+
+static void manifest_note(struct explorer *explorer)
+{
+    const struct manifest *last = NULL;
+    struct manifest now;
+
+    now.data = sim_file_get(explorer->life->fs, "MANIFEST", &now.bytes);
+    if (explorer->manifest_count > 0) {
+        last = &explorer->manifests[explorer->manifest_count - 1];
+    }
+    if (now.data == NULL || explorer->manifest_count == MANIFESTS_MAX ||
+        (last != NULL && last->bytes == now.bytes &&
+         memcmp(last->data, now.data, now.bytes) == 0)) {
+        free(now.data);
+        return;
+    }
+    explorer->manifests[explorer->manifest_count++] = now;
+}
+
+/* How many manifests were there before the one that this disk has. */
+static unsigned manifest_age(const struct explorer *explorer,
+                             const struct sim_fs *fs)
+{
+    uint64_t bytes;
+    unsigned char *data = sim_file_get(fs, "MANIFEST", &bytes);
+    unsigned i = 0;
+
+    if (data != NULL) {
+        for (i = explorer->manifest_count; i > 0; i--) {
+            if (explorer->manifests[i - 1].bytes == bytes &&
+                memcmp(explorer->manifests[i - 1].data, data, bytes) == 0) {
+                break;
+            }
+        }
+    }
+    free(data);
+    return i > 0 ? i - 1 : 0;
+}
+
+/* After a power cut an older manifest comes back, as when a disk has lost a
+ * write that it had said was done. The store must notice, or have lost
+ * nothing by it; when it notices, nothing is changed. */
+static void check_stale(struct explorer *explorer, const struct sim_fs *state)
+{
+    struct life *life = &lives[1];
+    unsigned age = manifest_age(explorer, state);
+    const struct manifest *old;
+    struct sim_fs fs;
+    uint64_t hash;
+
+    if (age == 0) {
+        return;
+    }
+    old = &explorer->manifests[test_rng_below(&explorer->rng, age)];
+    sim_clone(&fs, state);
+    sim_file_put(&fs, "MANIFEST", old->data, old->bytes);
+    hash = sim_hash(&fs);
+    explorer->tally->stale_manifests++;
+    life_begin_after(life, explorer->life, 0, &fs, &allocs[1]);
+    life->damaged = 1;
+    if (life_open(life) != 0 && life->last_result == KVMETA_E_CORRUPT) {
+        explorer->tally->stale_refused++;
+        if (sim_hash(&fs) != hash) {
+            life_problem(life, "damage was found, and files were changed");
+        }
+    }
+    life_end(life);
+    check_leaks(life);
+    if (life->problem[0] != '\0') {
+        report(explorer, life, "stale manifest");
+    }
+    sim_free(&fs);
 }
 
 /* Opens, checks and closes one state of the disk, and frees it. */
@@ -210,6 +300,11 @@ static int check_cuts(struct explorer *explorer, uint64_t limit, int garbage,
                   test_rng_u64(&explorer->rng));
     walks = cut.exhaustive || sampled;
     while (walks && !explorer->tally->failed && sim_cut_next(&cut, &fs)) {
+        if (explorer->depth == 0 &&
+            test_rng_below(&explorer->rng,
+                           explorer->limits.stale_one_in) == 0) {
+            check_stale(explorer, &fs);
+        }
         check_state(explorer, &fs, 0, garbage ? "cut, garbage" : "cut");
     }
     explorer->tally->listed += walks && cut.exhaustive;
@@ -242,6 +337,9 @@ static void before_op(void *user, struct sim_fs *fs, enum sim_call kind)
 
     (void)fs;
     (void)kind;
+    if (explorer->depth == 0) {
+        manifest_note(explorer);
+    }
     if (explorer->active &&
         test_rng_below(&explorer->rng, explorer->one_in) == 0) {
         explore_point(explorer);
@@ -414,6 +512,7 @@ static void explore_script(struct tally *tally, const char *script,
     same = run_operations(&explorer);
     tally->same += (uint64_t)same;
     if (life->problem[0] == '\0') {
+        manifest_note(&explorer);
         if (!same) {
             explore_point(&explorer);
         }
@@ -427,6 +526,9 @@ static void explore_script(struct tally *tally, const char *script,
     }
     life_end(life);
     sim_free(&fs);
+    while (explorer.manifest_count > 0) {
+        free(explorer.manifests[--explorer.manifest_count].data);
+    }
     tally->scripts++;
 }
 
@@ -475,12 +577,15 @@ static void print_tally(const struct tally *t, double seconds)
            (unsigned long long)t->points, (unsigned long long)t->scripts,
            (unsigned long long)t->same, seconds);
     printf("# %llu second lives, %llu with faults; %llu opens failed under "
-           "them; %llu manifests with a flipped bit, %llu copies healed\n",
+           "them; %llu manifests with a flipped bit, %llu copies healed; %llu "
+           "stale ones, %llu noticed\n",
            (unsigned long long)t->second_lives,
            (unsigned long long)t->faulted_lives,
            (unsigned long long)t->failed_opens,
            (unsigned long long)t->rotten_manifests,
-           (unsigned long long)t->life.healed);
+           (unsigned long long)t->life.healed,
+           (unsigned long long)t->stale_manifests,
+           (unsigned long long)t->stale_refused);
     printf("# cells: %llu kept, %llu lost, %llu garbage; entries: %llu kept, "
            "%llu lost; sizes: %llu kept, %llu lost\n",
            (unsigned long long)t->sim.cells_kept,
@@ -517,6 +622,7 @@ static void limits_override(struct limits *limits)
     limits->garbage = test_option_u64("garbage", limits->garbage);
     limits->second_one_in = test_option_u64("second", limits->second_one_in);
     limits->rotten_one_in = test_option_u64("rotten", limits->rotten_one_in);
+    limits->stale_one_in = test_option_u64("stale", limits->stale_one_in);
 }
 
 /* put, batch, sync, rotate (a batch that may stay in memory, then a step),
@@ -568,7 +674,7 @@ static void list_scripts(struct tally *tally, unsigned worker,
 
 static void run_listed(struct tally *tally, unsigned worker, unsigned workers)
 {
-    struct limits limits = {32, 48, 64, 256};
+    struct limits limits = {32, 48, 64, 256, 16};
     unsigned most = longest(), config;
 
     limits_override(&limits);
@@ -580,9 +686,9 @@ static void run_listed(struct tally *tally, unsigned worker, unsigned workers)
 static void run_random(struct tally *tally, unsigned worker, unsigned workers)
 {
     static const char ops[] = "pppwuuuxbBBsrttTcCOOkv";
-    struct limits limits = {16, 24, 32, 256};
+    struct limits limits = {16, 24, 32, 256, 16};
     struct test_rng rng = {test_args.seed * 77 + worker};
-    uint64_t scripts = 1000 * test_args.scale / workers + 20;
+    uint64_t scripts = 4000 * test_args.scale / workers + 20;
     unsigned config, length, i;
     char script[64];
 
@@ -591,7 +697,7 @@ static void run_random(struct tally *tally, unsigned worker, unsigned workers)
         length = 4 + (unsigned)test_rng_below(&rng, 26);
         for (i = 0; i < length; i++) {
             script[i] = ops[test_rng_below(&rng, sizeof ops - 1)];
-            if (test_rng_below(&rng, 64) == 0) {
+            if (test_rng_below(&rng, 128) == 0) {
                 script[i] = 'g';
             }
         }
@@ -608,6 +714,9 @@ static double now_s(void)
     return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
+/* Crash states of all tests of this program. */
+static uint64_t states_total;
+
 /* Runs the work in as many processes as there are cores. */
 static void work_run(struct work *work)
 {
@@ -621,6 +730,7 @@ static void work_run(struct work *work)
         tally_add(&work->sum, &work->tallies[i]);
     }
     print_tally(&work->sum, now_s() - start);
+    states_total += work->sum.states;
     assert_int_equal(failed, 0);
     assert_int_equal(work->sum.failed, 0);
 }
@@ -636,6 +746,8 @@ static void check_rare_branches(const struct tally *t)
     assert_true(t->sim.entries_lost > 0);
     assert_true(t->sim.sizes_lost > 0);
     assert_true(t->second_lives > 0);
+    assert_true(t->stale_refused > 0);
+    assert_true(t->stale_refused < t->stale_manifests);
 }
 
 /* Goal: no script of up to five operations loses or invents anything at any
@@ -662,12 +774,17 @@ static void long_scripts_survive_random_crashes(void **state)
     assert_true(work.sum.life.torn[KVMETA_TORN_BODY] > 0);
     assert_true(work.sum.life.merges > 0);
     assert_true(work.sum.life.rotations > 0);
+    if (test_args.scale > 0 && longest() == 5) {
+        printf("# %llu crash states together\n",
+               (unsigned long long)states_total);
+        assert_true(states_total >= 10000000);
+    }
 }
 
 /* Goal: see one failure again. Method: its script alone. */
 static void given_script_survives_every_crash(void **state)
 {
-    struct limits limits = {32, 48, 64, 256};
+    struct limits limits = {32, 48, 64, 256, 16};
     struct tally tally;
     unsigned config = (unsigned)test_option_u64("config", 0);
     unsigned from = (unsigned)test_option_u64("from", 0);

@@ -30,10 +30,10 @@
 #include "../sim/life.h"
 
 static const char *const scripts[] = {
+    "uuuswwBt",                          /* these two alone at scale 0 */
     "pBsrcCO",
     "ppbBsCOpxCO",
     "pruTpruTc",
-    "uuuswwBt",
     "pbrpbrpbrTcp",
     "pkttpktt",
     "prprprCOpTvc",

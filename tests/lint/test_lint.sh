@@ -15,8 +15,8 @@ full=0
 [ "${1-}" = --full ] && full=1
 build=${BUILD:-build}
 cc=${CC:-cc}
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf "$scratch"' EXIT
 
 base='-Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes
     -Wmissing-prototypes -Wcast-qual -Wundef -Wvla -Wwrite-strings'
@@ -38,15 +38,15 @@ check() {
     local name=$1 status
     shift
     count=$((count + 1))
-    "$@" >"$work/out" 2>&1 </dev/null
+    ("$@") >"$scratch/out" 2>&1 </dev/null
     status=$?
     if [ $status = 0 ]; then
         echo "ok $count - $name"
     elif [ $status = 77 ]; then
-        echo "ok $count - $name # SKIP $(tail -n 1 "$work/out")"
+        echo "ok $count - $name # SKIP $(tail -n 1 "$scratch/out")"
     else
         echo "not ok $count - $name"
-        head -n 40 "$work/out" | sed 's/^/# /'
+        head -n 40 "$scratch/out" | sed 's/^/# /'
         echo "replay: tests/lint/test_lint.sh$([ $full = 1 ] && echo ' --full')"
         bad=1
     fi
@@ -69,7 +69,7 @@ readme() {
 # The program that README.md shows does what the comment there says, twice.
 quickstart() (
     program=$PWD/$build/quickstart
-    cd "$work" || exit 1
+    cd "$scratch" || exit 1
     for _ in 1 2; do
         "$program" >out.txt || exit 1
         printf '%s\n' 'object 42 is on disk 2 now' \
@@ -79,33 +79,33 @@ quickstart() (
 
 compile() { # compiler, flags ...
     # shellcheck disable=SC2086
-    "$@" $strict -Werror $zstd -I. -c kvmeta.c -o "$work/kvmeta.o"
+    "$@" $strict -Werror $zstd -I. -c kvmeta.c -o "$scratch/kvmeta.o"
 }
 
 as_static() { # compiler, flags ...
     printf '#define KVMETA_STATIC 1\n#include "kvmeta.c"\n%s\n' \
         'int main(void) { return kvmeta_version()[0] == 0; }' \
-        >"$work/static.c"
+        >"$scratch/static.c"
     # shellcheck disable=SC2086
-    "$@" $strict -Werror $zstd -I. "$work/static.c" -c -o "$work/static.o" ||
-        return 1
-    nm -g "$work/static.o" | awk 'NF == 3 && $3 !~ /^_?main$/ {
+    "$@" $strict -Werror $zstd -I. -c "$scratch/static.c" \
+        -o "$scratch/static.o" || return 1
+    nm -g "$scratch/static.o" | awk 'NF == 3 && $3 !~ /^_?main$/ {
         print "defines", $3; bad = 1 } END { exit bad }'
 }
 
 header_cxx() { # compiler, standard
     need "$1"
     printf '#include "kvmeta.h"\nint main() { return KVMETA_OK; }\n' \
-        >"$work/header.cc"
+        >"$scratch/header.cc"
     "$1" "-std=$2" -Wall -Wextra -Wpedantic -Werror -I. -fsyntax-only \
-        "$work/header.cc"
+        "$scratch/header.cc"
 }
 
 header_alone() { # compiler
     printf '#include "kvmeta.h"\nint main(void) { return KVMETA_OK; }\n' \
-        >"$work/header.c"
+        >"$scratch/header.c"
     # shellcheck disable=SC2086
-    "$1" -std=c11 $strict -Werror -I. -fsyntax-only "$work/header.c"
+    "$1" -std=c11 $strict -Werror -I. -fsyntax-only "$scratch/header.c"
 }
 
 # Of the archive every global name; of the shared object what it exports.
@@ -114,19 +114,19 @@ exports() {
     need nm
     for so in "$build"/libkvmeta.so "$build"/libkvmeta.dylib; do
         [ -e "$so" ] && nm -D --defined-only "$so" 2>/dev/null
-    done >"$work/names"
-    nm -g "$build/libkvmeta.a" >>"$work/names"
-    grep -q kvmeta_open "$work/names" || { echo "no names seen"; return 1; }
+    done >"$scratch/names"
+    nm -g "$build/libkvmeta.a" >>"$scratch/names"
+    grep -q kvmeta_open "$scratch/names" || { echo "no names seen"; return 1; }
     awk 'NF == 3 && $2 ~ /^[A-TV-Z]$/ && $3 !~ /^_?kvmeta_/ {
-        print "exported:", $3; bad = 1 } END { exit bad }' "$work/names"
+        print "exported:", $3; bad = 1 } END { exit bad }' "$scratch/names"
     # Each function of the header is there.
     grep -oE '\bkvmeta_[a-z0-9_]+\(' kvmeta.h | tr -d '(' | sort -u |
         while read -r name; do
             grep -qE "^(KVMETA_API.*[ *]|)$name\(" kvmeta.h || continue
-            grep -q "T _\\?$name\$" "$work/names" ||
-                { echo "missing: $name"; echo x >>"$work/missing"; }
+            grep -q "T _\\?$name\$" "$scratch/names" ||
+                { echo "missing: $name"; echo x >>"$scratch/missing"; }
         done
-    [ ! -e "$work/missing" ]
+    [ ! -e "$scratch/missing" ]
 }
 
 # The library never prints, ends the process, takes signals over, reads the
@@ -145,14 +145,14 @@ no_calls() {
 }
 
 columns() {
-    git ls-files '*.c' '*.h' 2>/dev/null >"$work/files"
-    [ -s "$work/files" ] || ls ./*.c ./*.h examples/*.c tests/*/*.[ch] \
-        >"$work/files"
+    git ls-files '*.c' '*.h' 2>/dev/null >"$scratch/files"
+    [ -s "$scratch/files" ] || ls ./*.c ./*.h examples/*.c tests/*/*.[ch] \
+        >"$scratch/files"
     # shellcheck disable=SC2046
     awk 'length > 90 { print FILENAME ":" FNR ": " length " columns"; bad = 1 }
         /\t/ { print FILENAME ":" FNR ": tab"; bad = 1 }
         / $/ { print FILENAME ":" FNR ": blank at the end"; bad = 1 }
-        END { exit bad }' $(cat "$work/files")
+        END { exit bad }' $(cat "$scratch/files")
 }
 
 c_files() { # compiler, files ...
@@ -193,14 +193,14 @@ analyzer() {
     need gcc
     # shellcheck disable=SC2086
     gcc -std=c11 -O1 -fanalyzer $strict -Werror $zstd -I. -c kvmeta.c \
-        -o "$work/a.o"
+        -o "$scratch/a.o"
 }
 
 scan() {
     need clang
     # shellcheck disable=SC2086
     clang --analyze -Xclang -analyzer-output=text -Xclang \
-        -analyzer-werror -std=c11 $zstd -I. kvmeta.c -o "$work/scan"
+        -analyzer-werror -std=c11 $zstd -I. kvmeta.c -o "$scratch/scan"
 }
 
 with_cppcheck() {

@@ -568,11 +568,11 @@ static const struct {
     unsigned weight;                 /* of 10,000 */
 } operations[] = {
     {op_put, 2400},       {op_remove, 1200},     {op_swap, 600},
-    {op_batch, 800},      {op_get, 1500},        {op_get_stranger, 500},
+    {op_batch, 800},      {op_get, 1600},        {op_get_stranger, 550},
     {op_get_many, 500},   {op_scan, 600},        {op_take, 170},
     {op_check_held, 100}, {op_release, 150},     {op_cursor, 1000},
-    {op_check, 40},       {op_verify, 25},       {op_flush, 25},
-    {op_compact, 10},     {op_background, 350},  {op_restart, 30},
+    {op_check, 40},       {op_verify, 20},       {op_flush, 15},
+    {op_compact, 5},      {op_background, 230},  {op_restart, 20},
 };
 
 static void one_operation(struct model *m)

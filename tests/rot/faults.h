@@ -330,6 +330,34 @@ static void rot_put_back(struct rot_walk *walk, const struct rot_file *file)
     }
 }
 
+/* An earlier manifest, and a file that it does not know yet is missing, as
+ * after a copy of some files back from somewhere else: nothing but the marks
+ * tells. */
+static void rot_put_back_manifest(struct rot_walk *walk)
+{
+    const struct rot_files *past = &walk->f->past;
+    const struct rot_files *files = &walk->f->files;
+    struct rot_fault fault = {0};
+    unsigned i, k;
+
+    fault.class = ROT_STALE;
+    fault.count = 2;
+    fault.changes[0].name = "MANIFEST";
+    fault.changes[0].whole = 1;
+    fault.changes[1].whole = 1;
+    for (i = 0; i < past->count; i++) {
+        for (k = 0; k < files->count &&
+                    strcmp(past->list[i].name, "MANIFEST") == 0; k++) {
+            if (strlen(files->list[k].name) == 21) {
+                fault.changes[0].data = past->list[i].data;
+                fault.changes[0].bytes = past->list[i].bytes;
+                fault.changes[1].name = files->list[k].name;
+                rot_visit(walk, &fault);
+            }
+        }
+    }
+}
+
 static void rot_swap_with(struct rot_walk *walk, const struct rot_file *a,
                           const struct rot_file *b)
 {
@@ -467,6 +495,7 @@ static void rot_walk_all(const struct rot_fixture *f, uint64_t thin,
     for (i = 0; i < f->files.count; i++) {
         rot_walk_file(&walk, i);
     }
+    rot_put_back_manifest(&walk);
     rot_resurrect(&walk);
     rot_bring_foreign(&walk);
 }

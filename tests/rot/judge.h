@@ -327,16 +327,19 @@ static enum rot_verdict rot_judge_error(struct rot_judge *judge, int rc,
     return ROT_DETECTED;
 }
 
-/* Which state this is; -1: none of those that may be. */
-static int rot_find_state(const struct rot_judge *judge, kvmeta *db)
+/* Which state this is; -1: none of those that may be. States that an open
+ * without damage does not find may only come out of an earlier live log. */
+static int rot_find_state(const struct rot_judge *judge,
+                          const struct rot_fault *fault, kvmeta *db)
 {
     const struct rot_fixture *f = judge->f;
-    unsigned i;
+    unsigned i = fault->class == ROT_STALE && fault->hits_live ? f->issued
+                                                               : f->base;
 
     if (test_oracle_check(&f->states[f->base], db) == NULL) {
         return (int)f->base;
     }
-    for (i = f->issued + 1; i > judge->lowest; i--) {
+    for (i++; i > judge->lowest; i--) {
         if (test_oracle_check(&f->states[i - 1], db) == NULL) {
             return (int)i - 1;
         }
@@ -365,7 +368,7 @@ static enum rot_verdict rot_judge_content(struct rot_judge *judge,
         return rot_silent(judge, "kvmeta_stats fails");
     }
     rot_count_open(judge, &stats);
-    *state = rot_find_state(judge, db);
+    *state = rot_find_state(judge, fault, db);
     if (*state < 0) {
         return rot_silent(judge, "opened with other records");
     }

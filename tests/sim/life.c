@@ -341,7 +341,8 @@ int life_open(struct life *life)
     if (db != NULL) {
         life_problem(life, "a failed open has set the handle");
     }
-    if (!life->faulty || !open_error_is_documented(life->last_result)) {
+    if (!(life->faulty && open_error_is_documented(life->last_result)) &&
+        !(life->damaged && life->last_result == KVMETA_E_CORRUPT)) {
         life_problem(life, "FALSE ALARM: open says %d (%s): %s",
                      life->last_result, kvmeta_strerror(life->last_result),
                      error.message);

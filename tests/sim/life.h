@@ -69,6 +69,7 @@ struct life {
     unsigned issued;
     uint64_t next_number;                /* makes every value a new one */
     int faulty;                          /* calls may fail as documented */
+    int damaged;                         /* the open may find damage */
     int broken;                          /* writes must be refused */
     int maybe_broken;                    /* ... or may be */
     int last_result;                     /* of the last operation or open */

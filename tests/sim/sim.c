@@ -1711,24 +1711,22 @@ static void cut_build_entry(struct sim_fs *to, const char *name,
 static void cut_build(struct sim_cut *cut, struct sim_fs *to)
 {
     const struct sim_fs *fs = cut->fs;
-    const struct sim_cut_point *point = cut->points;
-    const struct sim_cut_point *end = point + cut->inode_points[0];
-    unsigned i;
+    const struct sim_cut_point *points = cut->points;
+    unsigned end = cut->inode_points[0], at = 0, i;
 
     to->dir_durable = fs->dir_durable;
-    if (point < end && point->kind == POINT_DIR) {
-        to->dir_durable = point->chosen != 0;
-        point++;
+    if (at < end && points[at].kind == POINT_DIR) {
+        to->dir_durable = points[at++].chosen != 0;
     }
     to->dir_current = to->dir_durable;
     for (i = 0; i < cut->inode_count; i++) {
         cut->inodes[i]->copy = inode_ref(cut_build_inode(cut, i));
     }
     for (i = 0; i < fs->entry_count && to->dir_durable; i++) {
-        if (point < end && point->index == i) {
+        if (at < end && points[at].index == i) {
             cut_build_entry(to, fs->entries[i].name,
-                            point->of[point->chosen].inode);
-            point++;
+                            points[at].of[points[at].chosen].inode);
+            at++;
         } else {
             cut_build_entry(to, fs->entries[i].name, fs->entries[i].durable);
         }

@@ -416,6 +416,53 @@ static void a_background_error_is_kept_until_overcome(struct unit *u)
     check_background_error(u, 0);
 }
 
+/* Goal: writers wait for the background only while it can succeed: when it
+ * keeps failing they get its error, with nothing changed, and go on when it
+ * has recovered. Method: no table can be created; write until refused. */
+static void check_backlog_error(struct unit *u, uint32_t flags)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct unit_faults *faults = unit_faults_init(u);
+    unsigned char key[8];
+    uint64_t count = 0;
+    int rc = KVMETA_OK;
+    kvmeta *db;
+
+    faults->create_suffix = ".tab";
+    options.vfs = &faults->vfs;
+    options.flags = flags;
+    options.log_bytes_max = 65536;
+    db = unit_open(u, &options);
+    atomic_store(&faults->create_errno, EMFILE);
+    while (rc == KVMETA_OK && count < 100000) {
+        unit_key(8, count, key);
+        rc = kvmeta_put(db, key, key, KVMETA_WRITTEN);
+        count += rc == KVMETA_OK;
+    }
+    unit_is(rc, KVMETA_E_IO);
+    assert_true(count > 1000);
+    assert_true(kvmeta_count(db) == count);
+    unit_is(kvmeta_has(db, key), KVMETA_NOT_FOUND);
+    assert_true(unit_stats(db).logs_waiting <= 9);
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_IO);
+    atomic_store(&faults->create_errno, 0);
+    unit_ok(kvmeta_flush(db));
+    unit_ok(kvmeta_put(db, key, key, KVMETA_DURABLE));
+    unit_ok(kvmeta_last_error(db, NULL));
+    unit_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == count + 1);
+    unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void writers_get_the_error_of_a_background_that_keeps_failing(
+    struct unit *u)
+{
+    check_backlog_error(u, KVMETA_NO_THREAD);
+    check_backlog_error(u, 0);
+}
+
 /* Goal: a store in which nothing went wrong says so. */
 static void a_healthy_store_has_no_last_error(struct unit *u)
 {
@@ -469,6 +516,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_damaged_sealed_log_is_healed_from_memory),
     UNIT_CASE(a_merge_over_a_damaged_table_heals_it),
     UNIT_CASE(a_background_error_is_kept_until_overcome),
+    UNIT_CASE(writers_get_the_error_of_a_background_that_keeps_failing),
     UNIT_CASE(a_healthy_store_has_no_last_error),
     UNIT_CASE(close_does_not_wait_for_the_backlog),
 };

@@ -212,6 +212,21 @@ static void a_longer_struct_must_end_in_zeros(struct unit *u)
  * Callbacks and copies
  * -------------------------------------------------------------------------- */
 
+/* Goal: a table of system calls of another size is refused by its name. */
+static void a_vfs_of_another_size_is_refused(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+
+    options.vfs = &vfs;
+    use_store(u, &options);
+    vfs.struct_size = sizeof vfs - 1;
+    unit_open_fails(u, &options, KVMETA_E_INVALID);
+    assert_non_null(strstr(u->err.message, "vfs"));
+    vfs.struct_size = 0;
+    unit_open_fails(u, &options, KVMETA_E_INVALID);
+}
+
 /* Goal: with the defaults for memory, log and system calls it works, too. */
 static void all_defaults_work(struct unit *u)
 {
@@ -265,6 +280,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_bad_option_does_not_touch_an_existing_store),
     UNIT_CASE(struct_size_below_the_first_release_is_refused),
     UNIT_CASE(a_longer_struct_must_end_in_zeros),
+    UNIT_CASE(a_vfs_of_another_size_is_refused),
     UNIT_CASE(all_defaults_work),
     UNIT_CASE(path_and_options_are_copied),
     UNIT_CASE(the_store_s_durability_is_that_of_flags_0),
