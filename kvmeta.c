@@ -2496,7 +2496,7 @@ static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
             break;
         }
     }
-    while (v->root && v->root->level > 0 && v->root->count <= 1) {
+    while (v->root->level > 0 && v->root->count <= 1) {
         struct kv_node *old = v->root;
 
         assert(old->count == 1);
@@ -7364,7 +7364,7 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
     size_t bytes = n * (sizeof(struct kv_table_source)
                         + sizeof(struct kv_source *));
     struct kv_table_source *inputs = kv_alloc_zeroed(&db->env, bytes);
-    struct kv_source **sources = (struct kv_source **)(void *)(inputs + n);
+    struct kv_source **sources;
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
     struct kv_merge merge = {0};
@@ -7373,6 +7373,7 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
 
     assert(n >= 1);
     if (!inputs) return kv_fail_memory(err, bytes);
+    sources = (struct kv_source **)(void *)(inputs + n);
     kv_job_init(db, &job);
     rc = kv_merge_sources(db, &job, first, last, inputs, sources, err);
     if (!rc) rc = kv_merge_open(&db->env, sources, n, &merge, err);
