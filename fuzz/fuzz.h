@@ -31,6 +31,10 @@ size_t LLVMFuzzerCustomCrossOver(const uint8_t *a, size_t a_bytes,
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 size_t LLVMFuzzerMutate(uint8_t *data, size_t bytes, size_t bytes_max);
 
+/* Inputs that were well-formed to the end. replay.c looks whether the seeds
+ * are: after a change of the format they must be made anew. */
+unsigned long fuzz_accepted;
+
 /* Ends the process unless `holds`; the text is printf's. */
 #define FUZZ_CHECK(holds, ...) \
     do { \

@@ -255,7 +255,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
                "to read it says %d, to write %d: %s", read_rc, rc,
                err.message);
     if (read_rc == KVMETA_OK) check_content(db, &seen, "open to write");
-    if (rc == KVMETA_OK) check_opened(&in, db);
+    if (rc == KVMETA_OK) {
+        fuzz_accepted++;
+        check_opened(&in, db);
+    }
     check_left(&in);
     check_strangers(&in, &files);
     sim_free(&in.fs);

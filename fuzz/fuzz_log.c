@@ -136,6 +136,7 @@ static void check(struct input *in, const uint8_t *data, size_t bytes)
     if (rc == KVMETA_OK) check_same(&run, &plain);
     kv_crc_init(&env->crc, true);
     if (rc == KVMETA_OK) {
+        fuzz_accepted++;
         check_order(env, &run);
         check_evidence(in, data, bytes, &run);
         check_sealed(in, data, &run);

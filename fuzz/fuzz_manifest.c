@@ -104,6 +104,7 @@ static void check(struct fuzz_world *w, uint8_t *data, size_t bytes)
         kv_manifest_free(&w->env, &m);
         return;
     }
+    fuzz_accepted++;
     image = encode(&w->env, &m, &image_bytes);
     FUZZ_CHECK(is_copy(data, bytes, image, image_bytes),
                "a manifest is accepted that is not what we would write");

@@ -93,9 +93,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 #endif
     fuzz_world_init(&world);
     fuzz_world_enter(&world, 8, 16);
-    if (bytes >= KV_MARK_BYTES)
+    if (bytes >= KV_MARK_BYTES && kv_load_le64(copy) == KV_MARK_MAGIC)
         memcpy(world.env.uuid, copy + 8, KV_UUID_BYTES);
+    else if (bytes >= KV_MARK_STRIDE + KV_MARK_BYTES)
+        memcpy(world.env.uuid, copy + KV_MARK_STRIDE + 8, KV_UUID_BYTES);
     if (read_marks(&world, copy, bytes, marks) == KVMETA_OK) {
+        fuzz_accepted += marks[0].counter || marks[1].counter;
         check_canonical(&world.env, copy, marks);
         check_flip(&world, copy, bytes, marks);
         for (unsigned i = 0; i < 2; i++)

@@ -1067,11 +1067,31 @@ static int look(struct sim_fs *fs, uint32_t flags, unsigned oldest)
     return rc;
 }
 
-static void op_peek(void)
+/* Asks for other widths; nothing may come of it. */
+static void look_mismatched(void)
+{
+    struct kvmeta_options options = story.options;
+    uint64_t before = sim_hash(disk());
+    struct kvmeta_error err = {0};
+    kvmeta *db = NULL;
+    int rc;
+
+    if (!story.created) return;
+    options.vfs = &disk()->vfs;
+    options.value_bytes++;
+    rc = kvmeta_open(SIM_DIR, &options, &db, &err);
+    OPS_CHECK(rc == KVMETA_E_MISMATCH, "other widths: open says %d: %s", rc,
+              err.message);
+    OPS_CHECK(sim_hash(disk()) == before, "other widths: files have changed");
+    check_left();
+}
+
+static void op_peek(const uint8_t *operand)
 {
     int rc;
 
     if (story.db || story.faulty || disk()->crash_at != UINT64_MAX) return;
+    if (operand[0] & 1) look_mismatched();
     rc = look(disk(), KVMETA_READ_ONLY, oldest_allowed());
     OPS_CHECK(rc == KVMETA_OK || (rc == KVMETA_NOT_FOUND && !story.created),
               "FALSE ALARM: a look says %d", rc);
@@ -1168,6 +1188,73 @@ static void op_damage(const uint8_t *operand)
 }
 
 /* --------------------------------------------------------------------------
+ * Damage while the store is open
+ * -------------------------------------------------------------------------- */
+
+static void pick_table(void *user, const char *name, uint64_t bytes)
+{
+    if (name[0] == 't') pick_file(user, name, bytes);
+}
+
+static void count_table(void *user, const char *name, uint64_t bytes)
+{
+    if (name[0] == 't') count_file(user, name, bytes);
+}
+
+/* Flips a bit of a file in place, as a disk would: open handles see it. */
+static void rot_file(const struct pick *pick, uint64_t off, unsigned bit)
+{
+    const struct kvmeta_vfs *vfs = &disk()->vfs;
+    unsigned char byte = 0;
+    int dir, file;
+    bool done = vfs->dir_open(vfs->user, SIM_DIR, &dir) == 0
+        && vfs->file_open(vfs->user, dir, pick->name, KVMETA_VFS_WRITE,
+                          &file) == 0
+        && vfs->file_read(vfs->user, file, &byte, 1, off) == 1;
+
+    byte ^= (unsigned char)(1u << bit % 8);
+    done = done && vfs->file_write(vfs->user, file, &byte, 1, off) == 1
+        && vfs->file_sync(vfs->user, file) == 0
+        && vfs->file_close(vfs->user, file) == 0
+        && vfs->dir_close(vfs->user, dir) == 0;
+    OPS_CHECK(done, "the simulated disk fails");
+}
+
+/* A table is damaged: verification says so, and then the background writes
+ * the data anew from memory. All of it in one go, because a crash before that
+ * would leave a store that must not open. */
+static void op_rot(const uint8_t *operand)
+{
+    struct test_rng rng = {operand[1] * 8u + operand[2]};
+    struct pick pick = {0};
+    struct kvmeta_error err = {0};
+    unsigned count = 0;
+    int rc;
+
+    if (story.faulty || story.broken || story.maybe_broken) return;
+    if (disk()->crash_at != UINT64_MAX) return;
+    rc = kvmeta_wait_idle(story.db);
+    OPS_CHECK(rc == KVMETA_OK, "idle says %d", rc);
+    rc = kvmeta_verify(story.db, &err);
+    OPS_CHECK(rc == KVMETA_OK, "verify says %d: %s", rc, err.message);
+    sim_each_file(disk(), count_table, &count);
+    if (count == 0) return;
+    pick.left = operand[0] % count;
+    sim_each_file(disk(), pick_table, &pick);
+    rot_file(&pick, test_rng_below(&rng, pick.bytes), operand[2]);
+    rc = kvmeta_verify(story.db, &err);
+    OPS_CHECK(rc == KVMETA_E_CORRUPT, "%s is damaged, but verify says %d",
+              pick.name, rc);
+    OPS_CHECK(strstr(err.message, pick.name), "%s is damaged, not '%s'",
+              pick.name, err.message);
+    rc = kvmeta_wait_idle(story.db);
+    OPS_CHECK(rc == KVMETA_OK, "healing says %d", rc);
+    rc = kvmeta_verify(story.db, &err);
+    OPS_CHECK(rc == KVMETA_OK, "after healing, verify says %d: %s", rc,
+              err.message);
+}
+
+/* --------------------------------------------------------------------------
  * The story
  * -------------------------------------------------------------------------- */
 
@@ -1191,6 +1278,7 @@ static void run_open(enum ops_code code, const uint8_t *operand)
     case OP_RELEASE: release(held_at(operand[0])); break;
     case OP_WALK: op_walk(operand[0], operand[1], operand[2]); break;
     case OP_READ: op_read(operand); break;
+    case OP_ROT: op_rot(operand); break;
     default: break;
     }
 }
@@ -1226,7 +1314,7 @@ static void run_slot(const uint8_t *slot)
         story.cut_garbage = operand[2] & 1;
         arm_crash(operand[0], code == OP_CUT_IN);
         break;
-    case OP_PEEK: op_peek(); break;
+    case OP_PEEK: op_peek(operand); break;
     case OP_DAMAGE: op_damage(operand); break;
     default:
         if (story.db) run_open(code, operand);
@@ -1322,7 +1410,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         bytes = kv_min(bytes, sizeof slots);
         if (bytes) memcpy(slots, data, bytes);
     }
-    if (bytes >= OPS_SLOT_BYTES) run_story(slots, bytes);
+    if (bytes < OPS_SLOT_BYTES) return 0;
+    run_story(slots, bytes);
+    fuzz_accepted++;
     return 0;
 }
 

@@ -224,6 +224,7 @@ static void check(struct input *in, uint8_t *data, size_t bytes)
     fuzz_check_code(rc, &err);
     if (read == KVMETA_OK) check_order(in, &all, &t);
     if (rc == KVMETA_OK) {
+        fuzz_accepted++;
         FUZZ_CHECK(read == KVMETA_OK, "verified, but cannot be read");
         check_range(in, &t, &all, random);
         check_merge(in, &t, &all);

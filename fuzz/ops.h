@@ -65,8 +65,10 @@ enum ops_code {
     OP_KILL,          /* the process ends; the store is opened again */
     OP_CUT_IN,        /* the same, within what follows */
     OP_KILL_IN,
-    OP_PEEK,          /* while closed: opens it to be read only */
+    OP_PEEK,          /* while closed: opens it to be read only, or with
+                         other widths, which must be refused */
     OP_DAMAGE,        /* while closed: damages a copy, which must show */
+    OP_ROT,           /* while open: damages a table, which must be healed */
     OPS_CODES
 };
 
@@ -161,9 +163,11 @@ static const struct ops_line ops_lines[OPS_CODES] = {
     [OP_CUT_IN] = {"cut-in", {{"calls", OPS_NUMBER}, {"state", OPS_NUMBER},
                               {"garbage", OPS_NUMBER}}},
     [OP_KILL_IN] = {"kill-in", {{"calls", OPS_NUMBER}, {0}, {0}}},
-    [OP_PEEK] = {"peek", {{0}, {0}, {0}}},
+    [OP_PEEK] = {"peek", {{"widths", OPS_NUMBER}, {0}, {0}}},
     [OP_DAMAGE] = {"damage", {{"how", OPS_WORDS(ops_damage)},
                               {"file", OPS_NUMBER}, {"place", OPS_NUMBER}}},
+    [OP_ROT] = {"rot", {{"file", OPS_NUMBER}, {"place", OPS_NUMBER},
+                        {"bit", OPS_NUMBER}}},
 };
 
 static inline unsigned ops_code(const uint8_t *slot)

@@ -26,6 +26,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 #endif
 
+extern unsigned long fuzz_accepted;
+
 /* An input that takes longer hangs. */
 enum { SECONDS_MAX = 120 };
 
@@ -59,8 +61,20 @@ static void on_signal(int number)
     raise(number == SIGALRM ? SIGABRT : number);
 }
 
+/* Seeds and scripts are well-formed, unless the format has changed. */
+static int must_be_accepted(const char *path)
+{
+    const char *name = strrchr(path, '/');
+    size_t n = strlen(path);
+
+    name = name ? name + 1 : path;
+    return strncmp(name, "seed-", 5) == 0
+        || (n > 4 && strcmp(path + n - 4, ".ops") == 0);
+}
+
 static int run_file(const char *path)
 {
+    unsigned long accepted = fuzz_accepted;
     FILE *file = fopen(path, "rb");
     uint8_t *data = NULL;
     size_t bytes = 0, cap = 0, n = 1;
@@ -86,6 +100,10 @@ static int run_file(const char *path)
     input = NULL;
     free(data);
     inputs++;
+    if (fuzz_accepted == accepted && must_be_accepted(path)) {
+        printf("%s is not well-formed any more: make seeds\n", path);
+        return 1;
+    }
     return 0;
 }
 
@@ -139,6 +157,7 @@ int main(int argc, char **argv)
         printf("[  FAILED  ] %lu test(s) were run.\n", inputs);
         return 1;
     }
+    printf("%lu of %lu inputs are well-formed\n", fuzz_accepted, inputs);
     printf("[  PASSED  ] %lu test(s).\n", inputs);
     return 0;
 }

@@ -1400,21 +1400,24 @@ static struct sim_cut_point *cut_cell_point(struct sim_cut *cut,
 }
 
 /* Zeros over zeros differ from what is durable only where they become
- * garbage. A preallocated file has so many that some of them stand for all:
- * every 16th, which ones is drawn for each walk. */
+ * garbage. A preallocated file has so many that a few of them stand for all;
+ * which ones is drawn for each walk. */
 static int cut_passes_over(struct sim_cut *cut, const struct sim_inode *inode,
                            const struct pending *pending, unsigned phase)
 {
+    unsigned stride = inode->pending_count / 4;
+
+    stride = stride < 16 ? 16 : stride;
     return pending->cell == NULL &&
            image_cell(inode->durable, pending->index) == NULL &&
-           (!cut->garbage || (pending->index + phase) % 16 != 0);
+           (!cut->garbage || (pending->index + phase) % stride != 0);
 }
 
 static void cut_collect_inode(struct sim_cut *cut,
                               const struct sim_inode *inode)
 {
     unsigned first = cut->point_count;
-    unsigned phase = (unsigned)test_rng_below(&cut->rng, 16);
+    unsigned phase = (unsigned)test_rng_below(&cut->rng, 4096);
     struct sim_cut_point *point;
     unsigned i, slot;
 
