@@ -234,6 +234,11 @@ enum {
     KV_NAME_BYTES = 32
 };
 
+/* Ids, commit numbers and counters stay below this: nobody gets so far by
+ * counting, and what a hostile file says must not overflow when it is added
+ * to. */
+#define KV_NUMBER_MAX ((uint64_t)1 << 62)
+
 /* Internal results, never returned by a public function. */
 enum {
     KV_END = 100,                 /* a source has no more records */
@@ -670,6 +675,7 @@ static int kv_file_parse_name(const char *name, uint64_t *id)
         n = n << 4 | (uint64_t)(digit - digits);
     }
     kind = name[0] == 'w' ? KV_FILE_LOG : KV_FILE_TABLE;
+    if (n >= KV_NUMBER_MAX) return 0;
     kv_file_name(kind, n, again);
     if (strcmp(name, again) != 0) return 0;
     *id = n;
@@ -5555,6 +5561,7 @@ struct kv_log {
     uint64_t end;                 /* of the last frame written */
     uint64_t durable;             /* offset up to which a sync returned OK */
     uint64_t size;                /* of the file, extended by zeros */
+    uint64_t extend_bytes;        /* step of that */
     uint64_t next_seq;            /* of the first batch of the next frame */
     uint32_t prev;                /* hcrc of the last frame */
     struct kvmeta_digest digest;  /* after the last frame */
@@ -5635,7 +5642,7 @@ static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
     int rc = KVMETA_OK;
 
     if (need <= log->size) return KVMETA_OK;
-    need = kv_align_up(need, KV_LOG_EXTEND_BYTES);
+    need += log->extend_bytes - need % log->extend_bytes;
     while (log->size < need && !rc) {
         uint64_t n = kv_min(sizeof zeros, need - log->size);
 
@@ -5665,13 +5672,24 @@ static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
     return KVMETA_E_IO;
 }
 
+/* Must a frame be written before a sync: for what is in the buffer, or an
+ * empty one that fills up the sector after frames that are not padded? What
+ * is acknowledged is never written again. */
+static bool kv_log_must_write(const struct kv_log *log,
+                              const struct kv_log_buffer *buf)
+{
+    if (buf->entries > 0) return true;
+    return log->end > log->durable && log->end % log->head.align != 0;
+}
+
 /*
  * Writes what is in the buffer as one frame. digest: of all records after it.
- * After an error the log is as before, but for bytes behind its end.
+ * ahead: extend the file beyond it. After an error the log is as before, but
+ * for bytes behind its end.
  */
 static int kv_log_write(struct kv_env *env, struct kv_log *log,
                         struct kv_log_buffer *buf, struct kvmeta_digest digest,
-                        bool synced, struct kvmeta_error *err)
+                        bool synced, bool ahead, struct kvmeta_error *err)
 {
     struct kv_frame f = {
         .synced = synced, .entries = buf->entries, .pos = log->end,
@@ -5692,7 +5710,7 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
                         bytes - KV_FRAME_BYTES);
     kv_frame_encode(env, log->head.seed, &f, buf->bytes);
 
-    if (synced) rc = kv_log_extend(env, log, end, err);
+    if (ahead) rc = kv_log_extend(env, log, end, err);
     if (!rc)
         rc = kv_file_write(env, &log->file, buf->bytes, bytes, log->end, err);
     if (rc == KVMETA_E_NOSPACE && kv_log_wipe(env, log, err))
@@ -5727,11 +5745,16 @@ static int kv_log_sync(struct kv_env *env, struct kv_log *log,
  * Creates the file of a log, zero-filled up to `fill` bytes, synced, with its
  * directory entry. What is in the header is not known before the switch.
  */
-static int kv_log_create(struct kv_env *env, uint64_t id, uint64_t fill,
+static int kv_log_create(struct kv_env *env, uint64_t id,
+                         uint64_t log_bytes_max, uint64_t fill,
                          struct kv_log *out, struct kvmeta_error *err)
 {
-    struct kv_log log = {0};
+    struct kv_log log = {
+        .extend_bytes = kv_min(KV_LOG_EXTEND_BYTES, log_bytes_max / 4)
+    };
     int rc;
+
+    assert(log.extend_bytes > 0);
 
     rc = kv_file_open(env, KV_FILE_LOG, id,
                       KVMETA_VFS_WRITE | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL,
@@ -6211,7 +6234,7 @@ static bool kv_mark_decode(const struct kv_env *env,
     mark->gen = kv_load_le64(slot + 32);
     mark->log_id = kv_load_le64(slot + 40);
     mark->durable = kv_load_le64(slot + 48);
-    return mark->counter > 0;
+    return mark->counter > 0 && mark->counter < KV_NUMBER_MAX;
 }
 
 /* Reads both slots: *newest (counter 0: none), and the highest acknowledged
@@ -6473,7 +6496,9 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
 {
     uint64_t seq = 0;
 
-    if (m->gen < 1) return "S3: generation";
+    if (m->gen < 1 || m->gen >= KV_NUMBER_MAX) return "S3: generation";
+    if (m->next_id >= KV_NUMBER_MAX) return "S3: next id";
+    if (m->seq >= KV_NUMBER_MAX) return "S3: seq";
     for (size_t i = 0; i < m->tables_count; i++) {
         const struct kv_table_meta *t = &m->tables[i];
 
@@ -6495,6 +6520,25 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
     return NULL;
 }
 
+/* The image must be the one that its content encodes to: no other value
+ * stands for the same thing, and what is reserved is zero. */
+static int kv_manifest_check_image(struct kv_env *env,
+                                   const struct kv_file *file,
+                                   const unsigned char *image, size_t bytes,
+                                   const struct kv_manifest *m,
+                                   struct kvmeta_error *err)
+{
+    unsigned char *again = kv_alloc_zeroed(env, bytes);
+    bool same;
+
+    if (!again) return kv_fail_memory(err, bytes);
+    kv_manifest_encode(env, m, again);
+    same = memcmp(image, again, bytes) == 0;
+    kv_free(env, again);
+    if (same) return KVMETA_OK;
+    return kv_fail_corrupt(err, file, 0, "manifest: reserved bytes are set");
+}
+
 /* Finds the two copies in the file. *healed: one of them is damaged. */
 static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
                             const unsigned char *bytes, size_t size,
@@ -6504,6 +6548,7 @@ static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
     size_t found[2] = {0, 0};
     size_t length[2] = {0, 0};
     unsigned copies = 0;
+    int rc;
 
     for (size_t at = 0; at < size && copies < 2; at += KV_MANIFEST_STRIDE) {
         size_t n = kv_manifest_image_at(env, bytes + at, size - at);
@@ -6520,7 +6565,10 @@ static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
         return kv_fail_corrupt(err, file, found[1],
                                "manifest: the two copies differ");
     *healed = copies == 1;
-    return kv_manifest_decode(env, file, bytes + found[0], length[0], m, err);
+    rc = kv_manifest_decode(env, file, bytes + found[0], length[0], m, err);
+    if (rc) return rc;
+    return kv_manifest_check_image(env, file, bytes + found[0], length[0], m,
+                                   err);
 }
 
 /* KVMETA_NOT_FOUND where there is no manifest. */
@@ -6981,9 +7029,12 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
     struct kv_log *log = &db->log;
     int rc = KVMETA_OK;
 
-    if (db->buffer.entries > 0)
+    /* Padded, though it is the last frame: should the swap fail for want of
+     * space, the log goes on. */
+    if (kv_log_must_write(log, &db->buffer))
         rc = kv_log_write(&db->env, log, &db->buffer,
-                          kv_tree_current(&db->tree)->digest, true, err);
+                          kv_tree_current(&db->tree)->digest, true, false,
+                          err);
     /* Always: a write that met a full disk may have left bytes behind. */
     if (!rc) rc = kv_file_truncate(&db->env, &log->file, log->end, err);
     if (!rc) log->size = log->end;
@@ -7010,7 +7061,9 @@ static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
     db->newest_log = log.file.open ? log.head.id : db->next_id++;
     id = db->newest_log;
     pthread_mutex_unlock(&db->state_lock);
-    if (!log.file.open) rc = kv_log_create(&db->env, id, 0, &log, err);
+    if (!log.file.open)
+        rc = kv_log_create(&db->env, id, db->options.log_bytes_max, 0, &log,
+                           err);
     if (rc) return rc;
     rc = kv_log_begin(&db->env, &log, db->options.log_align, now->seq + 1,
                       now->digest, err);
@@ -7488,10 +7541,11 @@ static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
 static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
 {
     uint64_t fill = db->options.durability == KVMETA_DURABLE
-        ? kv_min(KV_LOG_EXTEND_BYTES, db->options.log_bytes_max) : 0;
+        ? kv_log_step_bytes(db) : 0;
     struct kv_log log;
     bool late;
-    int rc = kv_log_create(&db->env, kv_store_new_id(db), fill, &log, err);
+    int rc = kv_log_create(&db->env, kv_store_new_id(db),
+                           db->options.log_bytes_max, fill, &log, err);
 
     if (rc) return rc;
     pthread_mutex_lock(&db->state_lock);
@@ -8013,15 +8067,14 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
     struct kv_log *log = &db->log;
     uint64_t start = log->end;
     uint64_t batches = db->buffer.batches;
-    bool write = db->buffer.entries > 0;
+    bool write = sync ? kv_log_must_write(log, &db->buffer)
+                      : db->buffer.entries > 0;
     int rc = KVMETA_OK;
 
-    /* A sync after frames that are not padded: an empty frame fills up the
-     * sector, because what is acknowledged is never written again. */
-    if (sync && log->end > log->durable && log->end % log->head.align != 0)
-        write = true;
     KV_SCHED_POINT("log");
-    if (write) rc = kv_log_write(&db->env, log, &db->buffer, digest, sync, err);
+    if (write)
+        rc = kv_log_write(&db->env, log, &db->buffer, digest, sync, sync,
+                          err);
     if (rc) return kv_store_judge(db, rc, err);
     if (write) {
         db->counters.groups++;

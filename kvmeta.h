@@ -252,7 +252,9 @@ typedef struct kvmeta_cursor kvmeta_cursor;
  *                    directory holds files of a store but no manifest
  * KVMETA_E_VERSION   it was written by a newer format
  * KVMETA_NOT_FOUND   there is no store and MUST_EXIST or READ_ONLY is set
- * KVMETA_E_NOMEM, _E_LIMIT, _E_IO, _E_NOSPACE
+ * KVMETA_E_READONLY  the directory is missing on a read-only file system
+ * KVMETA_E_NOSPACE   the disk is too full to write the recovered log's table
+ * KVMETA_E_NOMEM, _E_LIMIT, _E_IO
  *
  * After _INVALID, _BUSY, _MISMATCH, _CORRUPT, _VERSION and KVMETA_NOT_FOUND
  * the directory is as it was. After any other the next open finds what this

@@ -16,7 +16,10 @@ trap 'rm -rf "$work"' EXIT
 
 # "engine workload records median" for each result.
 rows() {
-    sed -n 's/.*"engine": "\([^"]*\)", "workload": "\([^"]*\)",.*"records": \([0-9]*\), "median": \([^,]*\),.*/\1 \2 \3 \4/p' "$1"
+    awk -F '"' '/"engine": / {
+        split($0, part, /"records": |, "median": |, "rounds"/)
+        print $4, $8, part[2], part[3]
+    }' "$1"
 }
 
 style='

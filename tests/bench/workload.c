@@ -72,7 +72,8 @@ const struct workload workloads[] = {
     {"limit_zstd_planes", GROUP_LIMITS, "B/record", "planes + zstd-3, random"},
     {"limit_zstd_decode", GROUP_LIMITS, "M records/s", "same, decoding"},
     {"limit_meta_rows", GROUP_LIMITS, "B/record", "rows + zstd-3, metadata"},
-    {"limit_meta_planes", GROUP_LIMITS, "B/record", "planes + zstd-3, metadata"},
+    {"limit_meta_planes", GROUP_LIMITS, "B/record",
+     "planes + zstd-3, metadata"},
     {"limit_meta_decode", GROUP_LIMITS, "M records/s", "same, decoding"}
 };
 

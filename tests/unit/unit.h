@@ -42,7 +42,7 @@
 #include "../../kvmeta.h"
 #include "../support/support.h"
 
-#define UNIT_SECONDS_MAX 120
+#define UNIT_SECONDS_MAX 300
 #define UNIT_PATH 512
 #define UNIT_LOG 65536
 
