@@ -688,7 +688,7 @@ static void run_random(struct tally *tally, unsigned worker, unsigned workers)
     static const char ops[] = "pppwuuuxbBBsrttTcCOOkv";
     struct limits limits = {16, 24, 32, 256, 16};
     struct test_rng rng = {test_args.seed * 77 + worker};
-    uint64_t scripts = 5000 * test_args.scale / workers + 20;
+    uint64_t scripts = 6500 * test_args.scale / workers + 20;
     unsigned config, length, i;
     char script[64];
 
