@@ -1162,6 +1162,7 @@ struct kv_pool {
     struct kv_env *env;
     size_t node_bytes;
     struct kv_slab *open;         /* slabs with a free node */
+    struct kv_slab *open_last;
     _Atomic size_t free_nodes;
     size_t used_nodes;
     size_t reserved;
@@ -1180,12 +1181,22 @@ struct kv_node {
 
 _Static_assert(sizeof(struct kv_node) == 32, "heads must stay aligned");
 
+/* Slabs that are almost full come first, and are used first; empty ones come
+ * last, so that they stay empty and can be given back. */
 static void kv_slab_link(struct kv_pool *pool, struct kv_slab *slab)
 {
-    slab->prev = NULL;
-    slab->next = pool->open;
-    if (pool->open) pool->open->prev = slab;
-    pool->open = slab;
+    bool empty = slab->used == 0;
+
+    slab->prev = empty ? pool->open_last : NULL;
+    slab->next = empty ? NULL : pool->open;
+    if (slab->prev)
+        slab->prev->next = slab;
+    else
+        pool->open = slab;
+    if (slab->next)
+        slab->next->prev = slab;
+    else
+        pool->open_last = slab;
 }
 
 static void kv_slab_unlink(struct kv_pool *pool, struct kv_slab *slab)
@@ -1194,7 +1205,10 @@ static void kv_slab_unlink(struct kv_pool *pool, struct kv_slab *slab)
         slab->prev->next = slab->next;
     else
         pool->open = slab->next;
-    if (slab->next) slab->next->prev = slab->prev;
+    if (slab->next)
+        slab->next->prev = slab->prev;
+    else
+        pool->open_last = slab->prev;
 }
 
 /* Pages of the system, aligned to their size, so that they can be huge. */
@@ -1302,7 +1316,11 @@ static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
     if (slab->used == slab->cap) kv_slab_link(pool, slab);
     node->dead_next = slab->free_nodes;
     slab->free_nodes = node;
-    if (--slab->used == 0) pool->empty_slabs++;
+    if (--slab->used == 0) {
+        pool->empty_slabs++;
+        kv_slab_unlink(pool, slab);
+        kv_slab_link(pool, slab);
+    }
     pool->free_nodes++;
     pool->used_nodes--;
 }
@@ -10057,12 +10075,12 @@ int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
         return KVMETA_E_INVALID;
     bytes = stats->struct_size;
     s = db->found;
+    s.durable_seq = db->durable_seq;   /* before seq, which is never behind */
     v = kv_tree_pin(&db->tree, &slot);
     s.records = v->count;
     s.seq = v->seq;
     kv_tree_unpin(&db->tree, slot);
     s.logical_bytes = s.records * db->env.shape.record_bytes;
-    s.durable_seq = db->durable_seq;
     kv_tree_usage(&db->tree, &usage);
     s.resident_bytes = usage.resident_bytes;
     s.pinned_bytes = usage.pinned_bytes;
