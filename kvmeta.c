@@ -111,10 +111,11 @@
  *   mark lock      over the write of a mark
  *   state lock     short: manifest in memory, flags, the conditions
  *   queue lock     short: the queue of the commit right
+ *   delta lock     short: the delta of the current version
  *   tree lock      short: node memory, the list of versions
  *
- * Readers take none of them, except for the tree lock when they release a
- * snapshot. No lock is held over log_fn.
+ * Gets take none of them. Whoever takes a snapshot, or asks for the count or
+ * the digest, takes the delta lock; releasing one takes the tree lock. No lock is held over log_fn.
  *
  * 6. A CRASH at each step leaves:
  *
@@ -1384,6 +1385,8 @@ enum {
     KV_HEIGHT_MAX = 24,
     KV_SLOTS = 64,
     KV_BATCH = 32,                /* keys looked up side by side */
+    KV_WARM_MIN = 4,              /* changes that are worth it */
+    KV_DELTA_BYTES_MAX = 16384,   /* of the records of a delta */
     KV_RECLAIM_MAX = 512          /* nodes freed per hold of the lock */
 };
 
@@ -1392,19 +1395,23 @@ enum {
 /* Where the arrays of a node are. */
 struct kv_layout {
     uint32_t cap;                 /* records, or children */
-    uint32_t cap_padded;          /* heads, a multiple of 4 */
+    uint32_t cap_padded;          /* heads that there is room for */
     uint32_t tail_off;
     uint32_t data_off;
     uint32_t data_bytes;          /* of a value, or a child pointer */
     uint32_t bytes;
 };
 
-/* A state of the records. Immutable once a reader may see it; see the next
- * section for the exception. */
+/* A state of the records: those of the tree, as changed by the puts in the
+ * delta, which are not in the tree yet. Immutable once a reader may see it,
+ * but for the delta, which grows; see the next section for the exception.
+ * The delta's records follow the struct; later ones hide earlier ones. */
 struct kv_version {
+    int64_t delta_heads[KV_BATCH];
+    _Atomic uint32_t delta_count;
     struct kv_node *root;         /* NULL: no records */
     uint32_t height;              /* levels; 0 without records */
-    uint64_t count;
+    uint64_t count;               /* this and the next two: of the tree */
     struct kvmeta_digest digest;
     uint64_t seq;                 /* last commit */
     uint64_t gen;
@@ -1425,15 +1432,20 @@ struct kv_tree {
     bool avx2;
     bool sse42;
     uint64_t memory_bytes_max;
+    uint32_t delta_cap;           /* puts; 0: the records are too wide */
     struct kv_slot *slots;        /* KV_SLOTS, on cache lines */
     void *slots_memory;
-    bool lock_made;
+    bool locks_made;
 
     /* What readers read first. */
     _Alignas(KV_CACHE_LINE) struct kv_version *_Atomic current;
     _Atomic uint64_t gen;         /* of current, or of one before */
     _Atomic uint64_t slots_used;  /* bit i: slot i has been used before */
     _Atomic bool gate;            /* closed: the current one is changed */
+
+    /* Delta lock: the delta of the current version. */
+    _Alignas(KV_CACHE_LINE) pthread_mutex_t delta_lock;
+    struct kv_version *spare;     /* for kv_edit_begin; the writer's */
 
     /* Lock: pools and the list of versions. */
     _Alignas(KV_CACHE_LINE) pthread_mutex_t lock;
@@ -1496,28 +1508,17 @@ static void kv_layout_init(struct kv_layout *l, uint32_t tail_bytes,
     uint32_t entry = 8 + tail_bytes + data_bytes;
     uint32_t head = (uint32_t)sizeof(struct kv_node);
 
+    /* The heads fill their cache lines; the first has room for four. */
     l->data_bytes = data_bytes;
-    l->cap = (bytes - head) / entry & ~3u;
-    if (l->cap < min) l->cap = min;
-    l->cap_padded = (uint32_t)kv_align_up(l->cap, 4);
-    l->tail_off = head + 8 * l->cap_padded;
-    l->data_off = (uint32_t)kv_align_up(l->tail_off + l->cap * tail_bytes, 8);
-    /* What is left over after rounding down takes more records. */
-    for (;;) {
-        uint32_t cap = l->cap + 1;
-        uint32_t padded = (uint32_t)kv_align_up(cap, 4);
-        uint32_t tail_off = head + 8 * padded;
-        uint32_t data_off = (uint32_t)kv_align_up(tail_off + cap * tail_bytes,
-                                                  8);
-
-        if (data_off + cap * data_bytes > bytes) break;
-        l->cap = cap;
-        l->cap_padded = padded;
-        l->tail_off = tail_off;
-        l->data_off = data_off;
+    for (l->cap = (uint32_t)kv_max(min, (bytes - head) / entry);; l->cap--) {
+        l->cap_padded = (uint32_t)kv_align_up(l->cap + 4, 8) - 4;
+        l->tail_off = head + 8 * l->cap_padded;
+        l->data_off = (uint32_t)kv_align_up(l->tail_off
+                                            + l->cap * tail_bytes, 8);
+        l->bytes = (uint32_t)kv_align_up(l->data_off + l->cap * data_bytes,
+                                         KV_CACHE_LINE);
+        if (l->bytes <= bytes || l->cap == min) return;
     }
-    l->bytes = (uint32_t)kv_align_up(l->data_off + l->cap * data_bytes,
-                                     KV_CACHE_LINE);
 }
 
 /* How many of the heads are less than `head`: no branches, so that the loads
@@ -1668,30 +1669,64 @@ static const unsigned char *kv_tree_find(const struct kv_tree *t,
 }
 
 /*
- * Leaves for up to KV_BATCH keys, level by level, each node fetched while the
- * others are searched: the cache misses of all keys overlap.
+ * The rank of each key among the heads of its node, all nodes on one level:
+ * a binary search over cache lines, all keys in step, each with its next line
+ * on the way while the others are looked at. It reads few of a node's lines,
+ * and the memory system can fetch only so many at a time.
  */
+static void kv_rank_many(const struct kv_tree *t, const struct kv_probe *probes,
+                         const struct kv_node *const *nodes, size_t n,
+                         uint32_t cap_padded, size_t *ranks)
+{
+    size_t lines = (cap_padded + 4) / 8;
+    size_t half;
+
+    for (size_t i = 0; i < n; i++) {
+        ranks[i] = 0;             /* a line, until the end */
+        KV_PREFETCH(kv_heads(nodes[i]) + 8 * (lines / 2) - 4);
+    }
+    for (; lines > 1; lines -= half) {
+        size_t next = (lines - lines / 2) / 2;
+
+        half = lines / 2;
+        for (size_t i = 0; i < n; i++) {
+            const int64_t *heads = kv_heads(nodes[i]) - 4;
+            size_t line = ranks[i];
+
+            /* Without a branch, which would be guessed wrong half the time. */
+            line += half & (0 - (size_t)(heads[8 * (line + half)]
+                                         < probes[i].head));
+            KV_PREFETCH(heads + 8 * (line + next));
+            ranks[i] = line;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        size_t from = ranks[i] ? 8 * ranks[i] - 4 : 0;
+
+        ranks[i] = from + kv_count_less(t, kv_heads(nodes[i]) + from,
+                                        ranks[i] ? 8 : 4, probes[i].head);
+    }
+}
+
+/* The leaves of up to KV_BATCH keys, and the ranks of their heads there. */
 static void kv_tree_descend_many(const struct kv_tree *t,
                                  const struct kv_version *v,
                                  const struct kv_probe *probes, size_t n,
-                                 const struct kv_node **nodes)
+                                 const struct kv_node **nodes, size_t *ranks)
 {
-    size_t inner_bytes = t->inner.tail_off;
-    size_t leaf_bytes = t->leaf.tail_off;
-
     assert(n <= KV_BATCH);
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
+        kv_rank_many(t, probes, nodes, n, t->inner.cap_padded, ranks);
         for (size_t i = 0; i < n; i++) {
-            size_t child = kv_inner_child(t, nodes[i], probes[i]);
+            const struct kv_node *node = nodes[i];
 
-            nodes[i] = kv_children(t, nodes[i])[child];
-            /* The few nodes near the root are in the cache. */
-            if (level <= 2)
-                kv_node_prefetch(nodes[i], level > 1 ? inner_bytes
-                                                     : leaf_bytes);
+            if (kv_heads(node)[ranks[i]] == probes[i].head)
+                ranks[i] = kv_inner_child(t, node, probes[i]);
+            nodes[i] = kv_children(t, node)[ranks[i]];
         }
     }
+    kv_rank_many(t, probes, nodes, n, t->leaf.cap_padded, ranks);
 }
 
 /* Is the key in the leaf? *place: where its head would be; gets where it is,
@@ -1722,15 +1757,11 @@ static void kv_tree_find_batch(const struct kv_tree *t,
 
     for (size_t i = 0; i < n; i++)
         probes[i] = kv_probe_make(t, keys + i * t->env->shape.key_bytes);
-    kv_tree_descend_many(t, v, probes, n, nodes);
+    kv_tree_descend_many(t, v, probes, n, nodes, places);
     for (size_t i = 0; i < n; i++) {
-        size_t place = kv_count_less(t, kv_heads(nodes[i]), nodes[i]->count,
-                                     probes[i].head);
-
-        places[i] = place;
-        if (place >= nodes[i]->count) continue;
-        KV_PREFETCH(kv_tail(t, nodes[i], place));
-        KV_PREFETCH(kv_value(t, nodes[i], place));
+        KV_PREFETCH(nodes[i]);
+        KV_PREFETCH(kv_tail(t, nodes[i], places[i]));
+        KV_PREFETCH(kv_value(t, nodes[i], places[i]));
     }
     for (size_t i = 0; i < n; i++)
         found[i] = kv_tree_settle(t, nodes[i], probes[i], &places[i]);
@@ -1807,7 +1838,7 @@ _Static_assert(KV_SLOTS == 64, "kv_slot_first gives 6 bits");
 
 /* The current version, which stays as it is until kv_tree_unpin. Waits only
  * while the gate is closed. */
-static const struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
+static struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
 {
     size_t i = kv_slot_first();
 
@@ -1853,19 +1884,6 @@ static uint64_t kv_slots_oldest(struct kv_tree *t)
         if (gen) oldest = kv_min(oldest, gen);
     }
     return oldest;
-}
-
-/* The current version, for as long as the caller likes. */
-static struct kv_version *kv_tree_hold(struct kv_tree *t)
-{
-    struct kv_version *v;
-    unsigned slot;
-
-    (void)kv_tree_pin(t, &slot);
-    v = atomic_load(&t->current);
-    atomic_fetch_add(&v->refs, 1);
-    kv_tree_unpin(t, slot);
-    return v;
 }
 
 static void kv_node_free_locked(struct kv_tree *t, struct kv_node *node)
@@ -2044,6 +2062,18 @@ static bool kv_tree_close_gate(struct kv_tree *t)
     return false;
 }
 
+/* The memory of a version, with its delta. */
+static struct kv_version *kv_version_new(const struct kv_tree *t)
+{
+    size_t delta = (size_t)t->delta_cap * t->env->shape.record_bytes;
+    struct kv_version *v = kv_alloc(t->env, sizeof *v + delta);
+
+    if (v) memset(v, 0, sizeof *v);
+    return v;
+}
+
+/* The delta of the current version must be empty, unless the edit is to
+ * empty it. Fails only if it needs a version and there is no spare one. */
 static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
                          bool in_place_allowed, struct kvmeta_error *err)
 {
@@ -2057,10 +2087,10 @@ static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
         e->version = base;
         return KVMETA_OK;
     }
-    v = kv_alloc(t->env, sizeof *v);
+    v = t->spare ? t->spare : kv_version_new(t);
     if (!v) return kv_fail_memory(err, sizeof *v);
-    memset(v, 0, sizeof *v);
-    v->root = base->root;
+    t->spare = NULL;
+    v->root = base->root;         /* the delta stays empty */
     v->height = base->height;
     v->count = base->count;
     v->digest = base->digest;
@@ -2074,21 +2104,6 @@ static const unsigned char *kv_edit_find(const struct kv_edit *e,
                                          const void *key)
 {
     return kv_tree_find(e->tree, e->version, key);
-}
-
-/* Fetches the paths of keys that are about to be changed. */
-static void kv_tree_warm(const struct kv_tree *t,
-                         const unsigned char *const *keys, size_t n)
-{
-    const struct kv_version *v = kv_tree_current(t);
-    const struct kv_node *nodes[KV_BATCH];
-    struct kv_probe probes[KV_BATCH];
-
-    assert(n <= KV_BATCH);
-    if (!v->root) return;
-    for (size_t i = 0; i < n; i++) probes[i] = kv_probe_make(t, keys[i]);
-    kv_tree_descend_many(t, v, probes, n, nodes);
-    for (size_t i = 0; i < n; i++) kv_node_prefetch(nodes[i], t->leaf.bytes);
 }
 
 /* An empty node, with its heads padded (T4). */
@@ -2448,15 +2463,14 @@ static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
     kv_leaf_insert(t, leaf, i, p, value);
 }
 
-/* True: a record was replaced; its value is copied to `previous` (may be
- * NULL). value must not be NULL. */
-static bool kv_edit_put(struct kv_edit *e, const void *key, const void *value,
-                        void *previous)
+/* Puts into the leaf to which kv_edit_descend leads. True: a record was
+ * replaced. value must not be NULL. */
+static bool kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
+                           struct kv_probe p, const void *key,
+                           const void *value)
 {
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
-    struct kv_probe p = kv_probe_make(t, key);
-    struct kv_node *leaf = kv_edit_descend(e, p);
     bool match;
     size_t i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
 
@@ -2465,7 +2479,6 @@ static bool kv_edit_put(struct kv_edit *e, const void *key, const void *value,
         unsigned char *old = kv_value(t, leaf, i);
 
         kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, old));
-        if (previous) memcpy(previous, old, t->leaf.data_bytes);
         memcpy(old, value, t->leaf.data_bytes);
         return true;
     }
@@ -2535,9 +2548,8 @@ static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
     }
 }
 
-/* True: there was a record; its value is copied to `previous` (may be NULL).
- */
-static bool kv_edit_remove(struct kv_edit *e, const void *key, void *previous)
+/* True: there was a record. */
+static bool kv_edit_remove(struct kv_edit *e, const void *key)
 {
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
@@ -2549,7 +2561,6 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key, void *previous)
     size_t i;
 
     if (!value) return false;
-    if (previous) memcpy(previous, value, t->leaf.data_bytes);
     kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, value));
     v->count--;
 
@@ -2570,6 +2581,119 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key, void *previous)
     kv_heads(leaf)[leaf->count] = KV_HEAD_PAD;
     kv_edit_mend(e, &path);
     return true;
+}
+
+/* value NULL: a removal. */
+struct kv_change {
+    const void *key;
+    const void *value;
+};
+
+/*
+ * Can the key go into this leaf, where it belonged a few puts ago? It can if
+ * the leaf has room, and holds smaller and larger keys.
+ */
+static bool kv_leaf_accepts(const struct kv_edit *e,
+                            const struct kv_node *leaf, int64_t head)
+{
+    const int64_t *heads = kv_heads(leaf);
+
+    assert(leaf->gen == e->version->gen);
+    return leaf->count < e->tree->leaf.cap && heads[0] < head
+        && head < heads[leaf->count - 1];
+}
+
+/* Fetches what a put at `place` of a leaf touches: all of a leaf that will be
+ * copied; else what is behind the place, which moves. */
+static void kv_leaf_prefetch(const struct kv_edit *e,
+                             const struct kv_node *leaf, size_t place)
+{
+    const struct kv_layout *l = &e->tree->leaf;
+    size_t from = leaf->gen == e->version->gen ? place : 0;
+    size_t tail_bytes = e->tree->env->shape.tail_bytes;
+    size_t tail_end = l->tail_off + leaf->count * tail_bytes;
+    size_t data_end = l->data_off + (size_t)leaf->count * l->data_bytes;
+
+    if (data_end > KV_INNER_BYTES) data_end = KV_INNER_BYTES;
+    for (size_t off = l->tail_off + from * tail_bytes;
+         off < tail_end + KV_CACHE_LINE; off += KV_CACHE_LINE)
+        KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
+    for (size_t off = l->data_off + from * l->data_bytes;
+         off < data_end + KV_CACHE_LINE; off += KV_CACHE_LINE)
+        KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
+}
+
+/* Puts records behind the last one of the tree, into its last leaf, while
+ * they ascend and find room there. Returns how many. */
+static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
+                             const struct kv_probe *probes, size_t n)
+{
+    struct kv_tree *t = e->tree;
+    struct kv_node *leaf = e->version->root;
+    size_t done = 0;
+
+    while (leaf->level > 0) leaf = kv_children(t, leaf)[leaf->count - 1];
+    if (leaf->gen != e->version->gen) return 0;
+    for (; done < n && changes[done].value && !kv_node_full(t, leaf)
+         && probes[done].head > kv_heads(leaf)[leaf->count - 1]; done++) {
+        kv_digest_add(&e->version->digest,
+                      kv_digest_record(&t->env->shape, changes[done].key,
+                                       changes[done].value));
+        kv_leaf_insert(t, leaf, leaf->count, probes[done],
+                       changes[done].value);
+        e->version->count++;
+    }
+    return done;
+}
+
+/* Fetches what many changes touch, so that their cache misses overlap: first
+ * the paths, then what each will need of its leaf. A leaf that will be copied
+ * is not handed out: once it has been, others may free it. */
+static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
+                         size_t n, const struct kv_node **leaves)
+{
+    size_t places[KV_BATCH];
+
+    kv_tree_descend_many(e->tree, e->version, probes, n, leaves, places);
+    for (size_t i = 0; i < n; i++) KV_PREFETCH(leaves[i]);
+    for (size_t i = 0; i < n; i++) {
+        kv_leaf_prefetch(e, leaves[i], places[i]);
+        if (leaves[i]->gen != e->version->gen) leaves[i] = NULL;
+    }
+}
+
+/* Applies up to KV_BATCH changes in their order. found[i]: there was such a
+ * record. */
+static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
+                          size_t n, bool *found)
+{
+    struct kv_tree *t = e->tree;
+    const struct kv_node *leaves[KV_BATCH] = {NULL};
+    struct kv_probe probes[KV_BATCH];
+    size_t i = 0;
+
+    assert(n <= KV_BATCH);
+    for (size_t k = 0; k < n; k++)
+        probes[k] = kv_probe_make(t, changes[k].key);
+    if (e->version->root) {
+        i = kv_edit_append(e, changes, probes, n);
+        memset(found, 0, i * sizeof *found);
+        if (n - i >= KV_WARM_MIN)
+            kv_edit_warm(e, probes + i, n - i, leaves + i);
+    }
+    for (; i < n; i++) {
+        struct kv_node *leaf = (struct kv_node *)(uintptr_t)leaves[i];
+
+        if (!changes[i].value) {
+            found[i] = kv_edit_remove(e, changes[i].key);
+            memset(leaves, 0, sizeof leaves);   /* some may be freed now */
+            continue;
+        }
+        if (!leaf || !kv_leaf_accepts(e, leaf, probes[i].head))
+            leaf = kv_edit_descend(e, probes[i]);
+        found[i] = kv_edit_put_at(e, leaf, probes[i], changes[i].key,
+                                  changes[i].value);
+    }
 }
 
 static void kv_edit_end_locked(struct kv_edit *e)
@@ -2676,6 +2800,227 @@ static void kv_edit_abort(struct kv_edit *e)
     kv_edit_end_locked(e);
     pthread_mutex_unlock(&t->lock);
     kv_free(t->env, e->version);
+}
+
+/* ==========================================================================
+ * Delta
+ *
+ * A buffered put of one record does not go into the tree at once, where it
+ * would wait for memory at every level: it goes into the delta of the current
+ * version, which readers look at first, and the next one that finds the delta
+ * full, or that needs the tree itself, settles it: all puts go into the tree
+ * together, and their cache misses overlap. Only the holder of the commit
+ * right adds to a delta; whoever wants to hold a version settles it, too.
+ *
+ * (D2) a delta changes only under the delta lock, and grows by puts for which
+ * memory is reserved, so settling cannot fail; (D3) it is empty while another
+ * edit is under way, so nobody settles beside that; (D4) it stays empty in a
+ * version that is held, so such versions are immutable.
+ * ========================================================================== */
+
+static unsigned char *kv_delta_record(const struct kv_tree *t,
+                                      const struct kv_version *v, size_t i)
+{
+    return (unsigned char *)(uintptr_t)(v + 1)
+        + i * t->env->shape.record_bytes;
+}
+
+static size_t kv_delta_count(const struct kv_version *v)
+{
+    return atomic_load_explicit(&v->delta_count, memory_order_acquire);
+}
+
+/* The value of the last of the first n puts with this key, or NULL. */
+static const unsigned char *kv_delta_find(const struct kv_tree *t,
+                                          const struct kv_version *v,
+                                          size_t n, const void *key)
+{
+    int64_t head = kv_probe_make(t, key).head;
+
+    while (n-- > 0) {
+        const unsigned char *record;
+
+        if (KV_LIKELY(v->delta_heads[n] != head)) continue;
+        record = kv_delta_record(t, v, n);
+        if (memcmp(record, key, t->env->shape.key_bytes) == 0)
+            return record + t->env->shape.key_bytes;
+    }
+    return NULL;
+}
+
+/* Memory for as many puts as a delta takes, and for settling them. */
+static int kv_delta_reserve(struct kv_tree *t)
+{
+    if (!t->spare) t->spare = kv_version_new(t);
+    if (!t->spare) return KVMETA_E_NOMEM;
+    return kv_tree_reserve(t, t->delta_cap, true, NULL);
+}
+
+static void kv_delta_settle_locked(struct kv_tree *t)
+{
+    struct kv_version *v = kv_tree_current(t);
+    size_t n = kv_delta_count(v);
+    struct kv_change changes[KV_BATCH];
+    bool found[KV_BATCH];
+    struct kv_edit e;
+    int rc;
+
+    if (n == 0) return;
+    for (size_t i = 0; i < n; i++) {
+        changes[i].key = kv_delta_record(t, v, i);
+        changes[i].value = kv_delta_record(t, v, i) + t->env->shape.key_bytes;
+    }
+    rc = kv_edit_begin(t, &e, true, NULL);
+    assert(rc == KVMETA_OK);
+    (void)rc;
+    kv_edit_apply(&e, changes, n, found);
+    if (e.in_place)
+        atomic_store_explicit(&v->delta_count, 0, memory_order_relaxed);
+    kv_edit_publish(&e, v->seq + n);
+}
+
+/* Makes a version current that nobody holds, with the same records. */
+static int kv_delta_renew(struct kv_tree *t)
+{
+    struct kv_edit e;
+    int rc = kv_edit_begin(t, &e, false, NULL);
+
+    if (!rc) kv_edit_publish(&e, e.version->seq);
+    return rc;
+}
+
+/* The number of puts in the delta, with room for another one; negative: an
+ * error, there is no memory. */
+static int kv_delta_room_locked(struct kv_tree *t)
+{
+    size_t n = kv_delta_count(kv_tree_current(t));
+    int rc = KVMETA_OK;
+
+    if (n > 0 && n < t->delta_cap) return (int)n;
+    kv_delta_settle_locked(t);
+    if (atomic_load(&kv_tree_current(t)->refs) > 0) rc = kv_delta_renew(t);
+    return rc ? rc : kv_delta_reserve(t);
+}
+
+/* Adds a put to the delta, as the next commit; *seq gets its number. False:
+ * it must go into the tree, since there is no memory for a whole delta, or
+ * records are too wide for one. */
+static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
+                         uint64_t *seq)
+{
+    const struct kv_shape *shape = &t->env->shape;
+    struct kv_version *v;
+    unsigned char *record;
+    int n;
+
+    if (t->delta_cap == 0) return false;
+    pthread_mutex_lock(&t->delta_lock);
+    n = kv_delta_room_locked(t);
+    if (n >= 0) {
+        v = kv_tree_current(t);
+        record = kv_delta_record(t, v, (size_t)n);
+        memcpy(record, key, shape->key_bytes);
+        memcpy(record + shape->key_bytes, value, shape->value_bytes);
+        v->delta_heads[n] = kv_probe_make(t, key).head;
+        *seq = v->seq + (unsigned)n + 1;
+        atomic_store_explicit(&v->delta_count, (unsigned)n + 1,
+                              memory_order_release);
+    }
+    pthread_mutex_unlock(&t->delta_lock);
+    return n >= 0;
+}
+
+/* The state now, all of it in the tree. For the holder of the commit right,
+ * for whom it stays so. */
+static struct kv_version *kv_tree_now(struct kv_tree *t)
+{
+    pthread_mutex_lock(&t->delta_lock);
+    kv_delta_settle_locked(t);
+    pthread_mutex_unlock(&t->delta_lock);
+    return kv_tree_current(t);
+}
+
+/* Pins the current version, with an empty delta. */
+static struct kv_version *kv_tree_pin_settled_locked(struct kv_tree *t,
+                                                     unsigned *slot)
+{
+    struct kv_version *v = kv_tree_pin(t, slot);
+
+    if (kv_delta_count(v) == 0) return v;
+    kv_tree_unpin(t, *slot);      /* nobody else publishes now (D3) */
+    kv_delta_settle_locked(t);
+    return kv_tree_pin(t, slot);
+}
+
+/* The current version, for as long as the caller likes. */
+static struct kv_version *kv_tree_hold(struct kv_tree *t)
+{
+    struct kv_version *v;
+    unsigned slot;
+
+    pthread_mutex_lock(&t->delta_lock);
+    v = kv_tree_pin_settled_locked(t, &slot);
+    atomic_fetch_add(&v->refs, 1);
+    kv_tree_unpin(t, slot);
+    pthread_mutex_unlock(&t->delta_lock);
+    return v;
+}
+
+struct kv_totals {
+    uint64_t count;
+    struct kvmeta_digest digest;
+    uint64_t seq;
+};
+
+/* What the state now amounts to. */
+static struct kv_totals kv_tree_totals(struct kv_tree *t)
+{
+    const struct kv_version *v;
+    struct kv_totals totals;
+    unsigned slot;
+
+    pthread_mutex_lock(&t->delta_lock);
+    v = kv_tree_pin_settled_locked(t, &slot);
+    totals.count = v->count;
+    totals.digest = v->digest;
+    totals.seq = v->seq;
+    kv_tree_unpin(t, slot);
+    pthread_mutex_unlock(&t->delta_lock);
+    return totals;
+}
+
+/* The value of a key in a pinned version, or NULL. */
+static const unsigned char *kv_tree_get(const struct kv_tree *t,
+                                        const struct kv_version *v,
+                                        const void *key)
+{
+    size_t n = kv_delta_count(v);
+    const unsigned char *value = NULL;
+
+    if (n > 0) value = kv_delta_find(t, v, n, key);
+    return value ? value : kv_tree_find(t, v, key);
+}
+
+/* The same for up to KV_BATCH keys. */
+static void kv_tree_get_many(const struct kv_tree *t,
+                             const struct kv_version *v,
+                             const unsigned char *keys, size_t n,
+                             unsigned char *values, unsigned char *found)
+{
+    const struct kv_shape *shape = &t->env->shape;
+    size_t delta = kv_delta_count(v);
+
+    kv_tree_find_many(t, v, keys, n, values, found);
+    for (size_t i = 0; delta > 0 && i < n; i++) {
+        const unsigned char *value =
+            kv_delta_find(t, v, delta, keys + i * shape->key_bytes);
+
+        if (!value) continue;
+        found[i] = 1;
+        if (shape->value_bytes)
+            memcpy(values + i * shape->value_bytes, value,
+                   shape->value_bytes);
+    }
 }
 
 /* ==========================================================================
@@ -3005,10 +3350,11 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
  * Tree: start, end, check
  * ========================================================================== */
 
-/* In a forked child, where whoever held the lock does not exist. */
-static void kv_tree_forget_lock(struct kv_tree *t)
+/* In a forked child, where whoever held a lock does not exist. */
+static void kv_tree_forget_locks(struct kv_tree *t)
 {
     (void)pthread_mutex_init(&t->lock, NULL);
+    (void)pthread_mutex_init(&t->delta_lock, NULL);
 }
 
 /* Accepts a zeroed tree, and one whose init failed. */
@@ -3016,7 +3362,7 @@ static void kv_tree_free(struct kv_tree *t)
 {
     struct kv_version *v = kv_tree_current(t);
 
-    if (!t->lock_made) return;
+    if (!t->locks_made) return;
     pthread_mutex_lock(&t->lock);
     while (t->oldest && t->oldest->newer) {
         size_t budget = SIZE_MAX;
@@ -3029,11 +3375,13 @@ static void kv_tree_free(struct kv_tree *t)
         kv_tree_free_nodes_locked(t, v->root, 0);
         kv_free(t->env, v);
     }
+    kv_free(t->env, t->spare);
     kv_pool_free(&t->leaves);
     kv_pool_free(&t->inners);
     pthread_mutex_unlock(&t->lock);
     kv_free(t->env, t->slots_memory);
     pthread_mutex_destroy(&t->lock);
+    pthread_mutex_destroy(&t->delta_lock);
     memset(t, 0, sizeof *t);
 }
 
@@ -3061,10 +3409,16 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     t->inners.node_bytes = t->inner.bytes;
     if (pthread_mutex_init(&t->lock, NULL))
         return kv_fail_memory(err, sizeof t->lock);
-    t->lock_made = true;
+    if (pthread_mutex_init(&t->delta_lock, NULL)) {
+        pthread_mutex_destroy(&t->lock);
+        return kv_fail_memory(err, sizeof t->delta_lock);
+    }
+    t->locks_made = true;
 
+    t->delta_cap = (uint32_t)kv_min(KV_BATCH, KV_DELTA_BYTES_MAX
+                                    / shape->record_bytes);
     slots = t->slots_memory = kv_alloc_zeroed(env, slots_bytes);
-    v = kv_alloc_zeroed(env, sizeof *v);
+    v = kv_version_new(t);
     if (!slots || !v) {
         kv_free(env, v);
         kv_tree_free(t);
@@ -7051,14 +7405,13 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
      * space, the log goes on. */
     if (kv_log_must_write(log, &db->buffer))
         rc = kv_log_write(&db->env, log, &db->buffer,
-                          kv_tree_current(&db->tree)->digest, true, false,
-                          err);
+                          kv_tree_now(&db->tree)->digest, true, false, err);
     /* Always: a write that met a full disk may have left bytes behind. */
     if (!rc) rc = kv_file_truncate(&db->env, &log->file, log->end, err);
     if (!rc) log->size = log->end;
     if (!rc && !KV_MUTANT(8)) rc = kv_log_sync(&db->env, log, err);
     if (!rc) {
-        db->durable_seq = kv_tree_current(&db->tree)->seq;
+        db->durable_seq = kv_tree_now(&db->tree)->seq;
         db->unsynced = false;
     }
     return rc;
@@ -7068,7 +7421,7 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
 static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
                              struct kvmeta_error *err)
 {
-    const struct kv_version *now = kv_tree_current(&db->tree);
+    const struct kv_version *now = kv_tree_now(&db->tree);
     struct kv_log log;
     uint64_t id;
     int rc = KVMETA_OK;
@@ -8007,19 +8360,44 @@ static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
     return rc;
 }
 
-/* Fetches what a batch is about to change, many keys side by side. */
-static void kv_request_warm(struct kvmeta *db, const struct kv_request *r)
+/* Applies the next of the operations, up to KV_BATCH, and logs what did
+ * change. Returns how many it took. */
+static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
+                                    const struct kvmeta_op *ops, size_t n,
+                                    bool *last_found)
 {
-    const unsigned char *keys[KV_BATCH];
-    size_t n = 0;
+    struct kv_change changes[KV_BATCH];
+    bool found[KV_BATCH];
+    size_t count = 0;
+    size_t taken = 0;
 
-    if (r->n < 8) return;
-    for (size_t i = 0; i < r->n; i++) {
-        keys[n++] = r->ops[i].key;
-        if (n < KV_BATCH && i + 1 < r->n) continue;
-        kv_tree_warm(&db->tree, keys, n);
-        n = 0;
+    for (; taken < n && count < KV_BATCH; taken++) {
+        const struct kvmeta_op *op = &ops[taken];
+
+        if (op->type == KVMETA_OP_EXPECT) continue;
+        changes[count].key = op->key;
+        changes[count].value = op->type == KVMETA_OP_REMOVE ? NULL
+            : op->value ? op->value : op->key;
+        count++;
     }
+    kv_edit_apply(edit, changes, count, found);
+    for (size_t i = 0; i < count; i++) {
+        *last_found = found[i];
+        if (!changes[i].value && !found[i]) continue;
+        kv_log_buffer_add(&db->env.shape, &db->buffer,
+                          db->log.head.slot_bytes, changes[i].key,
+                          changes[i].value);
+    }
+    return taken;
+}
+
+/* The counters' part of a batch that has changed `entries` records. */
+static void kv_request_count(struct kvmeta *db, size_t entries)
+{
+    db->buffer.batches++;
+    kv_counter_add(&db->counters.commits, 1);
+    kv_counter_add(&db->counters.user_bytes,
+                   entries * db->env.shape.record_bytes);
 }
 
 /* Changes the tree and logs what did change. */
@@ -8028,28 +8406,17 @@ static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
 {
     uint32_t entries = db->buffer.entries;
 
-    for (size_t i = 0; i < r->n; i++) {
-        const struct kvmeta_op *op = &r->ops[i];
-        const void *value = op->value ? op->value : op->key;
+    if (r->previous) {
+        const unsigned char *value = kv_edit_find(edit, r->ops->key);
 
-        if (op->type == KVMETA_OP_EXPECT) continue;
-        if (op->type == KVMETA_OP_PUT) {
-            r->found = kv_edit_put(edit, op->key, value, r->previous);
-        } else {
-            r->found = kv_edit_remove(edit, op->key, NULL);
-            if (!r->found) continue;
-            value = NULL;
-        }
-        kv_log_buffer_add(&db->env.shape, &db->buffer,
-                          db->log.head.slot_bytes, op->key, value);
+        assert(r->n == 1);
+        if (value) memcpy(r->previous, value, db->env.shape.value_bytes);
     }
+    for (size_t i = 0; i < r->n;)
+        i += kv_request_apply_some(db, edit, r->ops + i, r->n - i, &r->found);
     entries = db->buffer.entries - entries;
     r->changed = entries > 0;
-    if (!r->changed) return;
-    db->buffer.batches++;
-    kv_counter_add(&db->counters.commits, 1);
-    kv_counter_add(&db->counters.user_bytes,
-                   (uint64_t)entries * db->env.shape.record_bytes);
+    if (r->changed) kv_request_count(db, entries);
 }
 
 /* The state now is durable: for the statistics, and the worker's timers. */
@@ -8076,6 +8443,27 @@ static void kv_commit_note(struct kvmeta *db, bool synced, uint64_t seq)
     }
     if (wake) pthread_cond_signal(&db->work);
     pthread_mutex_unlock(&db->state_lock);
+}
+
+/* A buffered put of one record, when nobody asks what it replaces. False: it
+ * must be done like any other batch. */
+static bool kv_request_defer(struct kvmeta *db, struct kv_request *r)
+{
+    const struct kvmeta_op *op = r->ops;
+
+    if (r->n != 1 || r->puts != 1 || r->previous) return false;
+    if (kv_log_buffer_reserve(&db->env, &db->buffer, db->log.head.slot_bytes,
+                              NULL)
+        || !kv_delta_put(&db->tree, op->key, op->value ? op->value : op->key,
+                         &r->seq))
+        return false;
+    kv_log_buffer_add(&db->env.shape, &db->buffer, db->log.head.slot_bytes,
+                      op->key, op->value ? op->value : op->key);
+    kv_request_count(db, 1);
+    kv_log_buffer_keep(&db->buffer);
+    kv_commit_note(db, false, r->seq);
+    r->changed = true;
+    return true;
 }
 
 /* Writes the buffer as a frame; `sync` makes it, and all before it, durable. */
@@ -8124,24 +8512,25 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
 static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
                               struct kvmeta_error *err)
 {
-    const struct kv_version *now = kv_tree_current(&db->tree);
     size_t bytes = r->changes * db->log.head.slot_bytes;
     struct kv_edit edit;
+    const struct kv_version *now;
     bool in_place = r->n <= KV_IN_PLACE_MAX;
     int rc;
 
     if (db->buffer.used + bytes > db->options.log_buffer_bytes
         && db->buffer.entries > 0) {
-        rc = kv_commit_log(db, now->digest, false, err);
+        rc = kv_commit_log(db, kv_tree_now(&db->tree)->digest, false, err);
         if (rc) return rc;
     }
+    if (kv_request_defer(db, r)) return KVMETA_OK;
+    now = kv_tree_now(&db->tree);
     if (in_place) {
         rc = kv_tree_reserve(&db->tree, r->changes, r->puts > 0, err);
         if (!rc)
             rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, err);
         if (rc) return rc;
     }
-    kv_request_warm(db, r);
     rc = kv_edit_begin(&db->tree, &edit, in_place, err);
     if (rc) return rc;
     rc = kv_request_check(db, &edit, r);
@@ -8161,7 +8550,7 @@ static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
 static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
                               bool sync)
 {
-    uint64_t base = kv_tree_current(&db->tree)->seq;
+    uint64_t base = kv_tree_now(&db->tree)->seq;
     uint64_t seq = base;
     struct kvmeta_error err = {0};
     struct kv_edit edit;
@@ -8172,7 +8561,6 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
         return;
     }
     for (struct kv_request *r = group; r; r = r->next) {
-        kv_request_warm(db, r);
         r->rc = kv_request_check(db, &edit, r);
         if (!r->rc) kv_request_apply(db, &edit, r);
         seq += r->changed;
@@ -8840,7 +9228,7 @@ static int kv_recover_range(struct kv_recovery *rec, size_t i,
 static int kv_recover_digest(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
-    const struct kv_version *now = kv_tree_current(&db->tree);
+    const struct kv_version *now = kv_tree_now(&db->tree);
     struct kv_file file = {.kind = KV_FILE_MANIFEST};
     uint64_t off = 56;
 
@@ -9286,7 +9674,7 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
         kv_store_free(db);
         return rc;
     }
-    db->durable_seq = kv_tree_current(&db->tree)->seq;
+    db->durable_seq = kv_tree_now(&db->tree)->seq;
     db->found.open_ms = (kv_now(db) - start) / 1000000;
     if (db->found.open_torn_bytes)
         kv_log(&db->env, KVMETA_LOG_WARNING, "recovery: dropped %llu bytes "
@@ -9343,7 +9731,7 @@ int kvmeta_close(kvmeta *db)
         /* The thread, and whoever held a lock, are in the parent: only the
          * copy of its memory and descriptors goes. */
         db->locks_made = false;
-        kv_tree_forget_lock(&db->tree);
+        kv_tree_forget_locks(&db->tree);
         kv_store_free(db);
         return KVMETA_E_FORKED;
     }
@@ -9410,7 +9798,7 @@ void kvmeta_options_init(struct kvmeta_options *options, uint32_t key_bytes,
 static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
                          const void *key, void *value)
 {
-    const unsigned char *found = kv_tree_find(t, v, key);
+    const unsigned char *found = kv_tree_get(t, v, key);
 
     if (!found) return KVMETA_NOT_FOUND;
     if (value && t->leaf.data_bytes) memcpy(value, found, t->leaf.data_bytes);
@@ -9455,7 +9843,7 @@ int kvmeta_get_many(kvmeta *db, const void *keys, size_t n, void *values,
         unsigned slot;
         const struct kv_version *now = kv_tree_pin(&db->tree, &slot);
 
-        kv_tree_find_many(&db->tree, now, keys, n, values, found);
+        kv_tree_get_many(&db->tree, now, keys, n, values, found);
         kv_tree_unpin(&db->tree, slot);
         return KVMETA_OK;
     }
@@ -9491,24 +9879,14 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
 
 uint64_t kvmeta_count(kvmeta *db)
 {
-    unsigned slot;
-    uint64_t count;
-
-    if (!db) return 0;
-    count = kv_tree_pin(&db->tree, &slot)->count;
-    kv_tree_unpin(&db->tree, slot);
-    return count;
+    return db ? kv_tree_totals(&db->tree).count : 0;
 }
 
 struct kvmeta_digest kvmeta_digest(kvmeta *db)
 {
-    struct kvmeta_digest digest = {0, 0};
-    unsigned slot;
+    struct kvmeta_digest none = {0, 0};
 
-    if (!db) return digest;
-    digest = kv_tree_pin(&db->tree, &slot)->digest;
-    kv_tree_unpin(&db->tree, slot);
-    return digest;
+    return db ? kv_tree_totals(&db->tree).digest : none;
 }
 
 /* The store's own durability where the flags say nothing; 0: bad flags. */
@@ -10065,10 +10443,9 @@ static void kv_stats_counters(struct kvmeta *db, struct kvmeta_stats *s)
 
 int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
 {
-    const struct kv_version *v;
     struct kv_tree_usage usage;
+    struct kv_totals totals;
     struct kvmeta_stats s;
-    unsigned slot;
     size_t bytes;
 
     if (!db || !stats || stats->struct_size < sizeof stats->struct_size)
@@ -10076,10 +10453,9 @@ int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
     bytes = stats->struct_size;
     s = db->found;
     s.durable_seq = db->durable_seq;   /* before seq, which is never behind */
-    v = kv_tree_pin(&db->tree, &slot);
-    s.records = v->count;
-    s.seq = v->seq;
-    kv_tree_unpin(&db->tree, slot);
+    totals = kv_tree_totals(&db->tree);
+    s.records = totals.count;
+    s.seq = totals.seq;
     s.logical_bytes = s.records * db->env.shape.record_bytes;
     kv_tree_usage(&db->tree, &usage);
     s.resident_bytes = usage.resident_bytes;
