@@ -287,6 +287,25 @@ static uint64_t kv_align_up(uint64_t n, uint64_t align)
     return (n + align - 1) & ~(align - 1);
 }
 
+/* memcpy and memcmp of the usual widths without a call: a fifth of the time of
+ * a buffered put. */
+static void kv_copy(void *to, const void *from, size_t n)
+{
+    if (n == 16)
+        memcpy(to, from, 16);
+    else if (n == 8)
+        memcpy(to, from, 8);
+    else if (n)
+        memcpy(to, from, n);
+}
+
+static bool kv_same(const void *a, const void *b, size_t n)
+{
+    if (n == 16) return memcmp(a, b, 16) == 0;
+    if (n == 8) return memcmp(a, b, 8) == 0;
+    return n == 0 || memcmp(a, b, n) == 0;
+}
+
 /* ==========================================================================
  * Little-endian codec
  *
@@ -1141,6 +1160,7 @@ const struct kvmeta_vfs *kvmeta_vfs_posix(void)
 
 enum {
     KV_SLAB_BYTES = 2 << 20,
+    KV_AHEAD_MIN = 64 << 20,      /* of a pool that gets slabs ahead */
     KV_POOL_KEEP = 64             /* free nodes that are always kept */
 };
 
@@ -1169,6 +1189,8 @@ struct kv_pool {
     size_t reserved;
     size_t bytes;                 /* of all slabs */
     _Atomic size_t empty_slabs;
+    void *_Atomic ahead;          /* KV_SLAB_BYTES, touched; or NULL */
+    _Atomic bool ahead_wanted;
 };
 
 /* A node's header; its arrays follow. Which ones depends on the level. */
@@ -1234,6 +1256,33 @@ static void *kv_slab_map(size_t bytes)
 #endif
 }
 
+/*
+ * Makes the pool's next slab, and touches it. A writer that met fresh memory
+ * would wait while the system clears it, for milliseconds on virtual machines
+ * that must get it from their host first. Needs no lock.
+ */
+static void kv_pool_prepare(struct kv_pool *pool)
+{
+    unsigned char *memory = kv_slab_map(KV_SLAB_BYTES);
+    void *other = NULL;
+
+    pool->ahead_wanted = false;
+    if (!memory) return;
+    for (size_t i = 0; i < KV_SLAB_BYTES; i += 4096)
+        *(volatile unsigned char *)(memory + i) = 0;
+    if (!atomic_compare_exchange_strong(&pool->ahead, &other, memory))
+        munmap(memory, KV_SLAB_BYTES);
+}
+
+/* KV_SLAB_BYTES, prepared where that is worth its memory. */
+static void *kv_pool_map(struct kv_pool *pool)
+{
+    void *memory = atomic_exchange(&pool->ahead, NULL);
+
+    pool->ahead_wanted = pool->bytes >= KV_AHEAD_MIN;
+    return memory ? memory : kv_slab_map(KV_SLAB_BYTES);
+}
+
 /* Adds a slab: an eighth of what there is, so that small stores stay small. */
 static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
                         struct kvmeta_error *err)
@@ -1253,7 +1302,7 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
     if (!slab) return kv_fail_memory(err, sizeof *slab);
     slab->bytes = bytes;
     slab->mapped = !pool->env->realloc_fn && bytes == KV_SLAB_BYTES;
-    slab->memory = slab->mapped ? kv_slab_map(bytes)
+    slab->memory = slab->mapped ? kv_pool_map(pool)
                                 : kv_alloc(pool->env, bytes + KV_CACHE_LINE);
     if (!slab->memory) {
         kv_free(pool->env, slab);
@@ -1357,6 +1406,7 @@ static void kv_pool_free(struct kv_pool *pool)
         kv_pool_drop(pool, slab);
     }
     assert(pool->bytes == 0);
+    if (pool->ahead) munmap(pool->ahead, KV_SLAB_BYTES);
 }
 
 /* ==========================================================================
@@ -1608,11 +1658,11 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
 
     *match = false;
     if (low >= n || heads[low] != p.head) return low;
-    if (tail_bytes == 0) {
+    tails = kv_tail(t, node, 0);
+    if (kv_same(tails + low * tail_bytes, p.tail, tail_bytes)) {
         *match = true;
         return low + equal;
     }
-    tails = kv_tail(t, node, 0);
     if (low + 1 < n && heads[low + 1] == p.head)
         high = p.head == KV_HEAD_PAD ? n
             : (size_t)kv_min(n, kv_count_less(t, heads, n, p.head + 1));
@@ -1738,8 +1788,7 @@ static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
 
     if (*place >= leaf->count || kv_heads(leaf)[*place] != p.head)
         return false;
-    if (memcmp(kv_tail(t, leaf, *place), p.tail,
-               t->env->shape.tail_bytes) == 0)
+    if (kv_same(kv_tail(t, leaf, *place), p.tail, t->env->shape.tail_bytes))
         return true;
     *place = kv_node_rank(t, leaf, leaf->count, p, false, &match);
     return match;
@@ -1767,8 +1816,8 @@ static void kv_tree_find_batch(const struct kv_tree *t,
         found[i] = kv_tree_settle(t, nodes[i], probes[i], &places[i]);
     for (size_t i = 0; i < n; i++)
         if (found[i] && value_bytes)
-            memcpy(values + i * value_bytes, kv_value(t, nodes[i], places[i]),
-                   value_bytes);
+            kv_copy(values + i * value_bytes, kv_value(t, nodes[i], places[i]),
+                    value_bytes);
 }
 
 static void kv_tree_find_many(const struct kv_tree *t,
@@ -2206,8 +2255,7 @@ static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
                        struct kv_probe p)
 {
     kv_heads(node)[i] = p.head;
-    if (t->env->shape.tail_bytes)
-        memcpy(kv_tail(t, node, i), p.tail, t->env->shape.tail_bytes);
+    kv_copy(kv_tail(t, node, i), p.tail, t->env->shape.tail_bytes);
 }
 
 /* The key at i of a node; valid while the node is. */
@@ -2403,6 +2451,16 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
     return node;
 }
 
+/* The place must be free: see kv_leaf_insert, or the end. */
+static void kv_leaf_set(const struct kv_tree *t, struct kv_node *leaf,
+                        size_t i, struct kv_probe p, const void *value)
+{
+    assert(leaf->count < t->leaf.cap);
+    kv_key_set(t, leaf, i, p);
+    kv_copy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    leaf->count++;
+}
+
 static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
                            size_t i, struct kv_probe p, const void *value)
 {
@@ -2411,10 +2469,7 @@ static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
     assert(n < t->leaf.cap);
     kv_keys_move(t, leaf, i + 1, leaf, i, n - i);
     kv_data_move(t, leaf, i + 1, leaf, i, n - i);
-    kv_key_set(t, leaf, i, p);
-    if (t->leaf.data_bytes)
-        memcpy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
-    leaf->count++;
+    kv_leaf_set(t, leaf, i, p, value);
 }
 
 /* The path to a leaf: nodes and the child taken in each. */
@@ -2479,7 +2534,7 @@ static bool kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
         unsigned char *old = kv_value(t, leaf, i);
 
         kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, old));
-        memcpy(old, value, t->leaf.data_bytes);
+        kv_copy(old, value, t->leaf.data_bytes);
         return true;
     }
     v->count++;
@@ -2623,27 +2678,42 @@ static void kv_leaf_prefetch(const struct kv_edit *e,
         KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
 }
 
-/* Puts records behind the last one of the tree, into its last leaf, while
- * they ascend and find room there. Returns how many. */
+static struct kv_node *kv_tree_last_leaf(const struct kv_tree *t,
+                                         const struct kv_version *v)
+{
+    struct kv_node *node = v->root;
+
+    while (node->level > 0) node = kv_children(t, node)[node->count - 1];
+    return node;
+}
+
+/* Puts records that ascend behind the last one of the tree. Only those that
+ * find the last leaf full, or not owned, need a search. Returns how many. */
 static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
                              const struct kv_probe *probes, size_t n)
 {
-    struct kv_tree *t = e->tree;
-    struct kv_node *leaf = e->version->root;
-    size_t done = 0;
+    const struct kv_tree *t = e->tree;
+    struct kv_version *v = e->version;
+    struct kv_node *leaf = kv_tree_last_leaf(t, v);
+    size_t i;
 
-    while (leaf->level > 0) leaf = kv_children(t, leaf)[leaf->count - 1];
-    if (leaf->gen != e->version->gen) return 0;
-    for (; done < n && changes[done].value && !kv_node_full(t, leaf)
-         && probes[done].head > kv_heads(leaf)[leaf->count - 1]; done++) {
-        kv_digest_add(&e->version->digest,
-                      kv_digest_record(&t->env->shape, changes[done].key,
-                                       changes[done].value));
-        kv_leaf_insert(t, leaf, leaf->count, probes[done],
-                       changes[done].value);
-        e->version->count++;
+    for (i = 0; i < n && changes[i].value; i++) {
+        const void *key = changes[i].key;
+        const void *value = changes[i].value;
+
+        if (probes[i].head <= kv_heads(leaf)[leaf->count - 1]) break;
+        if (leaf->gen != v->gen || kv_node_full(t, leaf)) {
+            (void)kv_edit_put_at(e, kv_edit_descend(e, probes[i]), probes[i],
+                                 key, value);
+            leaf = kv_tree_last_leaf(t, v);
+            continue;
+        }
+        kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key,
+                                                   value));
+        kv_leaf_set(t, leaf, leaf->count, probes[i], value);
+        v->count++;
     }
-    return done;
+    return i;
 }
 
 /* Fetches what many changes touch, so that their cache misses overlap: first
@@ -2669,7 +2739,7 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
 {
     struct kv_tree *t = e->tree;
     const struct kv_node *leaves[KV_BATCH] = {NULL};
-    struct kv_probe probes[KV_BATCH];
+    struct kv_probe probes[KV_BATCH] = {{0}};
     size_t i = 0;
 
     assert(n <= KV_BATCH);
@@ -2842,7 +2912,7 @@ static const unsigned char *kv_delta_find(const struct kv_tree *t,
 
         if (KV_LIKELY(v->delta_heads[n] != head)) continue;
         record = kv_delta_record(t, v, n);
-        if (memcmp(record, key, t->env->shape.key_bytes) == 0)
+        if (kv_same(record, key, t->env->shape.key_bytes))
             return record + t->env->shape.key_bytes;
     }
     return NULL;
@@ -2919,8 +2989,8 @@ static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
     if (n >= 0) {
         v = kv_tree_current(t);
         record = kv_delta_record(t, v, (size_t)n);
-        memcpy(record, key, shape->key_bytes);
-        memcpy(record + shape->key_bytes, value, shape->value_bytes);
+        kv_copy(record, key, shape->key_bytes);
+        kv_copy(record + shape->key_bytes, value, shape->value_bytes);
         v->delta_heads[n] = kv_probe_make(t, key).head;
         *seq = v->seq + (unsigned)n + 1;
         atomic_store_explicit(&v->delta_count, (unsigned)n + 1,
@@ -5885,12 +5955,12 @@ static void kv_entry_encode(const struct kv_shape *shape, size_t slot_bytes,
 
     assert(slot_bytes >= KV_ENTRY_BYTES + shape->record_bytes);
     kv_store_le64(entry, value ? KV_ENTRY_PUT : KV_ENTRY_REMOVE);
-    memcpy(entry + KV_ENTRY_BYTES, key, shape->key_bytes);
+    kv_copy(entry + KV_ENTRY_BYTES, key, shape->key_bytes);
     if (value) {
-        memcpy(entry + used, value, shape->value_bytes);
+        kv_copy(entry + used, value, shape->value_bytes);
         used += shape->value_bytes;
     }
-    memset(entry + used, 0, slot_bytes - used);
+    if (used < slot_bytes) memset(entry + used, 0, slot_bytes - used);
 }
 
 static bool kv_is_zero(const unsigned char *p, size_t n)
@@ -7115,7 +7185,7 @@ struct kvmeta {
     struct kv_request *queue_last;
     _Atomic size_t queue_count;
     size_t last_group;              /* requests that shared the last sync */
-    bool leading;
+    _Atomic int right;              /* enum kv_right */
 
     /* The commit right: */
     struct kv_log log;
@@ -7315,6 +7385,14 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
  * right gives it on exactly once.
  * ========================================================================== */
 
+/* As long as nobody has ever had to wait for it, the right changes hands by
+ * one atomic operation; QUEUED is left only under the queue lock. */
+enum kv_right {
+    KV_RIGHT_FREE,
+    KV_RIGHT_TAKEN,
+    KV_RIGHT_QUEUED
+};
+
 static void kv_queue_push(struct kvmeta *db, struct kv_request *r)
 {
     r->next = NULL;
@@ -7343,12 +7421,14 @@ static struct kv_request *kv_queue_pop(struct kvmeta *db)
  * of the request (false). */
 static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
 {
+    int expected = KV_RIGHT_FREE;
     bool lead = true;
 
+    if (KV_LIKELY(atomic_compare_exchange_strong(&db->right, &expected,
+                                                 KV_RIGHT_TAKEN)))
+        return true;
     pthread_mutex_lock(&db->queue_lock);
-    if (!db->leading) {
-        db->leading = true;
-    } else {
+    if (atomic_exchange(&db->right, KV_RIGHT_QUEUED) != KV_RIGHT_FREE) {
         pthread_cond_init(&r->wake, NULL);
         kv_queue_push(db, r);
         while (!r->done && !r->lead)
@@ -7367,9 +7447,13 @@ static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
 static void kv_right_give(struct kvmeta *db, struct kv_request *group)
 {
     struct kv_request *r = group ? group->next : NULL;
+    int expected = KV_RIGHT_TAKEN;
 
+    if (KV_LIKELY(!r) && KV_LIKELY(atomic_compare_exchange_strong(
+                             &db->right, &expected, KV_RIGHT_FREE)))
+        return;
     pthread_mutex_lock(&db->queue_lock);
-    assert(db->leading);
+    assert(db->right != KV_RIGHT_FREE);
     while (r) {
         struct kv_request *next = r->next;
 
@@ -7382,7 +7466,7 @@ static void kv_right_give(struct kvmeta *db, struct kv_request *group)
         r->lead = true;
         pthread_cond_signal(&r->wake);
     } else {
-        db->leading = false;
+        db->right = KV_RIGHT_FREE;
     }
     pthread_mutex_unlock(&db->queue_lock);
 }
@@ -7977,6 +8061,7 @@ enum kv_step {
     KV_STEP_FLUSH,
     KV_STEP_FULL,
     KV_STEP_MERGE,
+    KV_STEP_SLAB,
     KV_STEP_PREPARE,
     KV_STEP_LOG_SYNC,
     KV_STEP_SYNC,
@@ -8039,8 +8124,9 @@ static bool kv_plan_merge(const struct kvmeta *db, struct kv_plan *plan)
     return false;
 }
 
-/* What the log wants: its successor, or a sync ahead of the rotation. */
-static enum kv_step kv_plan_log(struct kvmeta *db)
+/* What writers will need: memory, another log, or a sync ahead of the
+ * rotation. */
+static enum kv_step kv_plan_ahead(struct kvmeta *db)
 {
     uint64_t end = db->log_end;
     bool prepared;
@@ -8048,6 +8134,7 @@ static enum kv_step kv_plan_log(struct kvmeta *db)
     pthread_mutex_lock(&db->state_lock);
     prepared = db->prepared.file.open;
     pthread_mutex_unlock(&db->state_lock);
+    if (db->tree.leaves.ahead_wanted) return KV_STEP_SLAB;
     if (end < db->background_synced) db->background_synced = 0;
     if (end < db->options.log_bytes_max / 2) return KV_STEP_NONE;
     if (!prepared) return KV_STEP_PREPARE;
@@ -8108,7 +8195,7 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     } else if (!db->compaction_stopped && kv_plan_merge(db, plan)) {
         plan->step = KV_STEP_MERGE;
     } else {
-        plan->step = kv_plan_log(db);
+        plan->step = kv_plan_ahead(db);
     }
 }
 
@@ -8141,6 +8228,7 @@ static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
     case KV_STEP_MERGE:
         rc = kv_job_merge(db, plan->first, plan->last, err);
         break;
+    case KV_STEP_SLAB: kv_pool_prepare(&db->tree.leaves); break;
     case KV_STEP_PREPARE: rc = kv_job_prepare(db, err); break;
     case KV_STEP_LOG_SYNC: rc = kv_job_log_sync(db, err); break;
     case KV_STEP_SYNC: rc = kv_step_sync(db, err); break;
@@ -8192,7 +8280,7 @@ static void kv_step_between(void *arg)
     int rc;
 
     if (db->failed) return;
-    if (!plan.step) plan.step = kv_plan_log(db);
+    if (!plan.step) plan.step = kv_plan_ahead(db);
     if (!plan.step) return;
     rc = kv_step_do(db, &plan, &err);
     if (!rc) return;
@@ -8488,9 +8576,10 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
         if (batches > db->counters.group_commits_max)
             db->counters.group_commits_max = batches;
         db->log_end = log->end;
-        if (log->end >= db->options.log_bytes_max / 2
-            && start / kv_log_step_bytes(db)
-            != log->end / kv_log_step_bytes(db))
+        if (db->tree.leaves.ahead_wanted
+            || (log->end >= db->options.log_bytes_max / 2
+                && start / kv_log_step_bytes(db)
+                != log->end / kv_log_step_bytes(db)))
             kv_store_wake(db);
     }
     if (!sync || log->end == log->durable) return KVMETA_OK;
@@ -9801,7 +9890,7 @@ static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
     const unsigned char *found = kv_tree_get(t, v, key);
 
     if (!found) return KVMETA_NOT_FOUND;
-    if (value && t->leaf.data_bytes) memcpy(value, found, t->leaf.data_bytes);
+    if (value) kv_copy(value, found, t->leaf.data_bytes);
     return KVMETA_OK;
 }
 
