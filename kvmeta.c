@@ -11,8 +11,8 @@
  *     files, POSIX     the only system calls on files
  *     node memory, tree, versions, edits, cursors, bulk load
  *                      all that is in memory; no I/O
- *     jobs, planes, blocks, tables, merge
- *                      sorted tables: encode, write, read, merge
+ *     jobs, merge, planes, blocks, tables
+ *                      sorted tables: merge, encode, read, write
  *     log frames, log writer, log replay
  *     marks, manifest  what exists, and how far it was acknowledged
  *     the store        the handle, failing, swapping the manifest
@@ -3287,10 +3287,22 @@ static int kv_load_node(struct kv_tree *t, uint32_t level,
     return KVMETA_OK;
 }
 
-/* Keys must ascend. */
-static int kv_loader_add(struct kv_loader *loader, const void *key,
-                         const void *value, struct kvmeta_error *err)
+/* Copies n bytes, most often a few words: these not by a call. */
+static void kv_copy(void *to, const void *from, size_t n)
 {
+    if (n == 8)
+        memcpy(to, from, 8);
+    else if (n == 16)
+        memcpy(to, from, 16);
+    else if (n > 0)
+        memcpy(to, from, n);
+}
+
+/* Keys must ascend. head: of the key; the value stands behind the key. */
+static int kv_loader_add(struct kv_loader *loader, uint64_t head,
+                         const unsigned char *key, struct kvmeta_error *err)
+{
+    const unsigned char *value = key + loader->tree->env->shape.key_bytes;
     struct kv_tree *t = loader->tree;
     struct kv_node *leaf = loader->count ? loader->leaves[loader->count - 1]
                                          : NULL;
@@ -3305,9 +3317,10 @@ static int kv_loader_add(struct kv_loader *loader, const void *key,
         loader->leaves[loader->count++] = leaf;
     }
     i = leaf->count++;
-    kv_key_set(t, leaf, i, kv_probe_make(t, key));
-    if (t->leaf.data_bytes)
-        memcpy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    kv_heads(leaf)[i] = kv_head_flip(head);
+    kv_copy(kv_tail(t, leaf, i), key + 8, t->env->shape.tail_bytes);
+    kv_copy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    assert(head == kv_key_head(&t->env->shape, key));
     assert(i == 0 || kv_heads(leaf)[i] >= kv_heads(leaf)[i - 1]);
     kv_digest_add(&loader->digest,
                   kv_digest_record(&t->env->shape, key, value));
@@ -3617,10 +3630,12 @@ static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
  *
  * A job carries what a long piece of work needs besides its data: the order
  * to stop, and the rate that it must keep to. A source hands out records in
- * ascending order of their keys; tables, logs and merges are sources.
+ * ascending order of their keys, one by one; an input, that is a table or a
+ * log, hands them out many at a time, to be merged.
  *
- *   (S1) The keys of one source ascend strictly.
- *   (S2) What a source points at stays valid until its following `next`.
+ *   (S1) The keys of one source or input ascend strictly.
+ *   (S2) What a source points at stays valid until its following `next`, and
+ *        the rows of an input until its following `fill`.
  * ========================================================================== */
 
 enum { KV_PACE_SLICE_NS = 50 * 1000 * 1000 };
@@ -3681,7 +3696,25 @@ struct kv_source {
     int (*next)(struct kv_source *source, struct kvmeta_error *err);
     const unsigned char *key;
     const unsigned char *value;   /* NULL: a tombstone */
+};
+
+enum { KV_INPUT_ITEMS = 1024 };   /* at most, of one fill */
+
+/* A record of an input: its key is at rows + place * unit, and the value
+ * follows the key. */
+struct kv_item {
     uint64_t head;                /* kv_key_head(key) */
+    uint32_t place;
+    uint32_t mark;                /* 2 * number of the input, + 1: tombstone */
+};
+
+/* fill: KVMETA_OK and up to KV_INPUT_ITEMS items, at least one, of input 0;
+ * KV_END; or an error. `rows` may be another afterwards. */
+struct kv_input {
+    int (*fill)(struct kv_input *input, struct kv_item *items, size_t *n,
+                struct kvmeta_error *err);
+    const unsigned char *rows;
+    size_t unit;
 };
 
 /* Orders two keys whose heads are known, as memcmp does. The tail of 8 bytes
@@ -3701,6 +3734,350 @@ static int kv_key_compare(const struct kv_shape *shape,
         return (tail_a > tail_b) - (tail_a < tail_b);
     }
     return memcmp(a + 8, b + 8, shape->tail_bytes);
+}
+
+/* ==========================================================================
+ * Merge
+ *
+ * Many inputs to one. A round takes from each input the records up to the
+ * smallest of the last keys at hand, so that whatever comes later is above
+ * all of them, and sorts these runs into one array of items. Of equal keys
+ * the newest input's record is passed on and the others are passed over.
+ *
+ * Items are ordered by their heads alone, without a branch that could be
+ * mispredicted, for as long as different keys have different heads; from the
+ * first pair on that has not, whole keys are compared (`exact`).
+ *
+ *   (M1) Sorting is stable, and runs are merged with their neighbours only:
+ *        of equal keys the oldest comes first.
+ *   (M2) With `balance`, the sum of the records passed on and of `shadowed`
+ *        is the sum of all records taken in.
+ * ========================================================================== */
+
+/* What orders items. */
+struct kv_order {
+    const struct kv_shape *shape;
+    struct kv_input **inputs;     /* oldest first; the caller's */
+    bool exact;
+};
+
+static const unsigned char *kv_item_key(const struct kv_order *o,
+                                        const struct kv_item *item)
+{
+    const struct kv_input *input = o->inputs[item->mark / 2];
+
+    return input->rows + (size_t)item->place * input->unit;
+}
+
+/* NULL: a tombstone. */
+static const unsigned char *kv_item_value(const struct kv_order *o,
+                                          const struct kv_item *item)
+{
+    return item->mark & 1 ? NULL
+                          : kv_item_key(o, item) + o->shape->key_bytes;
+}
+
+static int kv_item_compare(const struct kv_order *o, const struct kv_item *a,
+                           const struct kv_item *b)
+{
+    if (a->head != b->head) return a->head < b->head ? -1 : 1;
+    return kv_key_compare(o->shape, kv_item_key(o, a), a->head,
+                          kv_item_key(o, b), b->head);
+}
+
+/* a, or b if `second` is 1: compilers make a branch of ?:, and which one it
+ * is going to be cannot be predicted here. */
+static size_t kv_pick(size_t a, size_t b, size_t second)
+{
+    assert(second <= 1);
+    return a ^ ((a ^ b) & (0 - second));
+}
+
+/* Merges from[0..left) and from[left..n) by their heads. From both ends at a
+ * time: neither step waits for the other's loads. In as many steps as the
+ * shorter run is long, neither run can come to its end. */
+static void kv_items_merge_heads(const struct kv_item *from, size_t left,
+                                 size_t n, struct kv_item *to)
+{
+    size_t a = 0, a_end = left;
+    size_t b = left, b_end = n;
+    struct kv_item *to_end = to + n;
+    size_t steps;
+
+    while ((steps = (size_t)kv_min(a_end - a, b_end - b)) > 0) {
+        for (; steps > 0; steps--) {
+            size_t low = from[b].head < from[a].head;
+            size_t high = from[b_end - 1].head >= from[a_end - 1].head;
+
+            *to++ = from[kv_pick(a, b, low)];
+            a += !low;
+            b += low;
+            *--to_end = from[kv_pick(a_end, b_end, high) - 1];
+            a_end -= !high;
+            b_end -= high;
+        }
+    }
+    memcpy(to, from + a, (a_end - a) * sizeof *to);
+    memcpy(to + (a_end - a), from + b, (b_end - b) * sizeof *to);
+}
+
+/* Merges items[0..left) and items[left..n); tmp has room for n. */
+static void kv_items_merge(const struct kv_order *o, struct kv_item *items,
+                           size_t left, size_t n, struct kv_item *tmp)
+{
+    size_t a = 0;
+    size_t b = left;
+
+    assert(left > 0 && left < n);
+    if (kv_item_compare(o, &items[left - 1], &items[left]) <= 0) return;
+    memcpy(tmp, items, n * sizeof *tmp);
+    if (!o->exact) {
+        kv_items_merge_heads(tmp, left, n, items);
+        return;
+    }
+    while (a < left && b < n)
+        *items++ = kv_item_compare(o, &tmp[b], &tmp[a]) < 0 ? tmp[b++]
+                                                            : tmp[a++];
+    memcpy(items, tmp + a, (left - a) * sizeof *tmp);
+    memcpy(items + (left - a), tmp + b, (n - b) * sizeof *tmp);
+}
+
+/* Bottom-up: no recursion, no worst case. tmp has room for n. */
+static void kv_items_sort(const struct kv_order *o, struct kv_item *items,
+                          size_t n, struct kv_item *tmp)
+{
+    for (size_t width = 1; width < n; width *= 2)
+        for (size_t i = 0; i + width < n; i += 2 * width)
+            kv_items_merge(o, items + i, width,
+                           (size_t)kv_min(2 * width, n - i), tmp);
+}
+
+/* Are there neighbours of one head that are not the same key? */
+static bool kv_items_tied(const struct kv_order *o,
+                          const struct kv_item *items, size_t n)
+{
+    for (size_t i = 1; i < n; i++) {
+        if (items[i].head == items[i - 1].head
+            && kv_item_compare(o, &items[i], &items[i - 1]) != 0)
+            return true;
+    }
+    return false;
+}
+
+/* Keeps the newest item of each key, and returns how many that are. Adds up
+ * the others in *shadowed, if there is one. */
+static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
+                              size_t n, struct kvmeta_digest *shadowed)
+{
+    size_t kept = 0;
+
+    for (size_t i = 0; i + 1 < n; i++) {
+        bool same = items[i].head == items[i + 1].head
+            && (!o->exact || kv_item_compare(o, &items[i], &items[i + 1]) == 0);
+
+        items[kept] = items[i];
+        kept += !same;
+        if (shadowed && same)
+            kv_digest_add(shadowed,
+                          kv_digest_record(o->shape, kv_item_key(o, &items[i]),
+                                           kv_item_value(o, &items[i])));
+    }
+    if (n > 0) items[kept++] = items[n - 1];
+    return kept;
+}
+
+/* Puts right what only whole keys tell, and leaves each key once. The items
+ * are sorted by head; the sort is stable, so that it keeps ages in order. */
+static size_t kv_items_settle(struct kv_order *o, struct kv_item *items,
+                              size_t n, struct kv_item *tmp,
+                              struct kvmeta_digest *shadowed)
+{
+    if (!o->exact && o->shape->tail_bytes && kv_items_tied(o, items, n)) {
+        o->exact = true;
+        kv_items_sort(o, items, n, tmp);
+    }
+    return kv_items_unique(o, items, n, shadowed);
+}
+
+/* What an input has handed out and the merge has not taken yet. */
+struct kv_merge_window {
+    struct kv_item *items;        /* [KV_INPUT_ITEMS] */
+    size_t at;
+    size_t end;
+    bool ended;
+};
+
+/* Runs that wait to be merged: each more than twice as long as the next. */
+struct kv_merge_stack {
+    size_t length[64];
+    size_t depth;
+    size_t end;                   /* the sum of the lengths */
+};
+
+struct kv_merge {
+    struct kv_source base;
+    struct kv_env *env;
+    struct kv_order order;
+    size_t n;                     /* inputs */
+    bool balance;                 /* set after open: keep `shadowed` */
+    struct kvmeta_digest shadowed;
+    struct kv_merge_window *windows; /* [n]; the arrays are allocated with it */
+    struct kv_item *items;        /* of this round */
+    struct kv_item *tmp;
+    size_t count;
+    size_t at;                    /* the item to be passed on next */
+};
+
+/* Merges the topmost runs: all, or until the rule of the stack holds. */
+static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
+                              bool all)
+{
+    while (s->depth >= 2) {
+        size_t left = s->length[s->depth - 2];
+        size_t right = s->length[s->depth - 1];
+
+        if (!all && left > 2 * right) return;
+        kv_items_merge(&m->order, m->items + s->end - right - left, left,
+                       left + right, m->tmp);
+        s->length[--s->depth - 1] = left + right;
+    }
+}
+
+/* Fills the windows that are empty. */
+static int kv_merge_fill(struct kv_merge *m, struct kvmeta_error *err)
+{
+    for (size_t i = 0; i < m->n; i++) {
+        struct kv_merge_window *w = &m->windows[i];
+        struct kv_input *input = m->order.inputs[i];
+        int rc;
+
+        if (w->at < w->end || w->ended) continue;
+        w->at = w->end = 0;
+        rc = input->fill(input, w->items, &w->end, err);
+        if (rc && rc != KV_END) return rc;
+        w->ended = rc == KV_END;
+        assert(w->ended == (w->end == 0));
+        assert(w->end <= KV_INPUT_ITEMS);
+        for (size_t k = 0; k < w->end; k++)
+            w->items[k].mark |= (uint32_t)(2 * i);
+    }
+    return KVMETA_OK;
+}
+
+/* The smallest of the last items of all windows; NULL: all have ended. */
+static const struct kv_item *kv_merge_limit(const struct kv_merge *m)
+{
+    const struct kv_item *limit = NULL;
+
+    for (size_t i = 0; i < m->n; i++) {
+        const struct kv_merge_window *w = &m->windows[i];
+
+        if (w->at < w->end
+            && (!limit
+                || kv_item_compare(&m->order, &w->items[w->end - 1],
+                                   limit) < 0))
+            limit = &w->items[w->end - 1];
+    }
+    return limit;
+}
+
+/* How many items of the window are not above the limit. */
+static size_t kv_merge_cut(const struct kv_merge *m,
+                           const struct kv_merge_window *w,
+                           const struct kv_item *limit)
+{
+    size_t low = w->at;
+    size_t high = w->end;
+
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+
+        if (kv_item_compare(&m->order, &w->items[middle], limit) <= 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low - w->at;
+}
+
+/* Takes in the following records: KV_END, or at least one item. Items stay
+ * valid until the next round. */
+static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
+{
+    struct kv_merge_stack stack = {.depth = 0};
+    const struct kv_item *limit;
+    int rc = kv_merge_fill(m, err);
+
+    if (rc) return rc;
+    limit = kv_merge_limit(m);
+    if (!limit) return KV_END;
+    for (size_t i = 0; i < m->n; i++) {
+        struct kv_merge_window *w = &m->windows[i];
+        size_t n = kv_merge_cut(m, w, limit);
+
+        if (n == 0) continue;
+        memcpy(m->items + stack.end, w->items + w->at, n * sizeof *w->items);
+        w->at += n;
+        stack.end += n;
+        stack.length[stack.depth++] = n;
+        kv_merge_collapse(m, &stack, false);
+    }
+    kv_merge_collapse(m, &stack, true);
+    m->count = kv_items_settle(&m->order, m->items, stack.end, m->tmp,
+                               m->balance ? &m->shadowed : NULL);
+    m->at = 0;
+    return KVMETA_OK;
+}
+
+static int kv_merge_next(struct kv_source *base, struct kvmeta_error *err)
+{
+    struct kv_merge *m = (struct kv_merge *)base;
+
+    if (m->at == m->count) {
+        int rc = kv_merge_round(m, err);
+
+        if (rc) return rc;
+    }
+    base->key = kv_item_key(&m->order, &m->items[m->at]);
+    base->value = kv_item_value(&m->order, &m->items[m->at]);
+    m->at++;
+    return KVMETA_OK;
+}
+
+/* Accepts a zeroed one. The inputs stay open. */
+static void kv_merge_close(struct kv_merge *m)
+{
+    if (m->env) kv_free(m->env, m->windows);
+    memset(m, 0, sizeof *m);
+}
+
+/* inputs: oldest first; array and inputs must outlive the merge, and none may
+ * have been filled from. After an error the merge can only be closed. */
+static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
+                         size_t n, struct kv_merge *m,
+                         struct kvmeta_error *err)
+{
+    size_t room = n * KV_INPUT_ITEMS;
+    size_t bytes = n * sizeof *m->windows + 3 * room * sizeof *m->items;
+
+    assert(n < UINT32_MAX / KV_INPUT_ITEMS / 64);
+    memset(m, 0, sizeof *m);
+    m->base.next = kv_merge_next;
+    m->order.shape = &env->shape;
+    m->order.inputs = inputs;
+    m->n = n;
+    if (n == 0) return KVMETA_OK;
+    m->windows = kv_alloc(env, bytes);
+    if (!m->windows) return kv_fail_memory(err, bytes);
+    m->env = env;
+    m->items = (struct kv_item *)(void *)(m->windows + n);
+    m->tmp = m->items + room;
+    for (size_t i = 0; i < n; i++) {
+        m->windows[i] = (struct kv_merge_window){
+            .items = m->tmp + room + i * KV_INPUT_ITEMS
+        };
+    }
+    return KVMETA_OK;
 }
 
 /* ==========================================================================
@@ -3779,23 +4156,31 @@ static void kv_tile_transpose_edge(const unsigned char *src, size_t src_stride,
         memcpy(dst + j * dst_stride, out + j * KV_TILE, rows);
 }
 
-/* src: rows x columns bytes, row by row; dst: the same, column by column. */
+/* src: rows x columns bytes, row by row; dst: the same, column by column, each
+ * `stride` bytes behind the one before. What is left over at an edge is done
+ * by a tile that overlaps the one before. */
 static void kv_plane_transpose(const unsigned char *src, size_t rows,
-                               size_t columns, unsigned char *dst)
+                               size_t columns, unsigned char *dst,
+                               size_t stride)
 {
+    bool whole = rows >= KV_TILE && columns >= KV_TILE;
+
     assert(src != dst);
+    assert(stride >= rows);
     for (size_t i = 0; i < rows; i += KV_TILE) {
-        size_t high = rows - i < KV_TILE ? rows - i : KV_TILE;
+        size_t high = (size_t)kv_min(KV_TILE, rows - i);
+        size_t y = whole ? (size_t)kv_min(i, rows - KV_TILE) : i;
 
         for (size_t j = 0; j < columns; j += KV_TILE) {
-            size_t wide = columns - j < KV_TILE ? columns - j : KV_TILE;
-            const unsigned char *from = src + i * columns + j;
-            unsigned char *to = dst + j * rows + i;
+            size_t wide = (size_t)kv_min(KV_TILE, columns - j);
+            size_t x = whole ? (size_t)kv_min(j, columns - KV_TILE) : j;
+            const unsigned char *from = src + y * columns + x;
+            unsigned char *to = dst + x * stride + y;
 
-            if (KV_LIKELY(high == KV_TILE && wide == KV_TILE))
-                kv_tile_transpose(from, columns, to, rows);
+            if (KV_LIKELY(whole))
+                kv_tile_transpose(from, columns, to, stride);
             else
-                kv_tile_transpose_edge(from, columns, to, rows, high, wide);
+                kv_tile_transpose_edge(from, columns, to, stride, high, wide);
         }
     }
 }
@@ -4139,10 +4524,10 @@ struct kv_block {
     uint32_t crc;
 };
 
-/* A decoded block. */
+/* A decoded block. In each row the value stands behind the key; it says
+ * nothing where the record is a tombstone. */
 struct kv_block_view {
-    const unsigned char *keys;
-    const unsigned char *values;  /* of the puts only */
+    const unsigned char *rows;
     const unsigned char *bits;    /* NULL: no tombstones */
     uint32_t records;
 };
@@ -4343,9 +4728,9 @@ static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
     size_t m = n - e->tombstones;
     const unsigned char *plane = e->planes;
 
-    kv_plane_transpose(e->keys, n, shape->key_bytes, e->planes);
+    kv_plane_transpose(e->keys, n, shape->key_bytes, e->planes, n);
     kv_plane_transpose(e->values, m, shape->value_bytes,
-                       e->planes + n * shape->key_bytes);
+                       e->planes + n * shape->key_bytes, m);
     kv_scheme_make(e->scheme, shape, e->planes, n, m);
     for (size_t p = 0; p < shape->record_bytes; p++) {
         size_t bytes = p < shape->key_bytes ? n : m;
@@ -4544,17 +4929,17 @@ static const char *kv_block_check_bits(const unsigned char *bits, size_t n,
 
 /* (B4). Merging, and loading the tree, rely on it. */
 static const char *kv_block_check_order(const struct kv_shape *shape,
-                                        const unsigned char *keys, size_t n)
+                                        const unsigned char *rows, size_t n)
 {
-    uint64_t head = kv_key_head(shape, keys);
+    uint64_t head = kv_key_head(shape, rows);
 
     assert(n > 0);
-
     for (size_t i = 1; i < n; i++) {
-        const unsigned char *key = keys + i * shape->key_bytes;
-        uint64_t next = kv_key_head(shape, key);
+        const unsigned char *row = rows + i * shape->record_bytes;
+        uint64_t next = kv_key_head(shape, row);
 
-        if (kv_key_compare(shape, key - shape->key_bytes, head, key, next) >= 0)
+        if (kv_key_compare(shape, row - shape->record_bytes, head, row, next)
+            >= 0)
             return "keys do not ascend";
         head = next;
     }
@@ -4609,8 +4994,56 @@ static void kv_block_decode_planes(const struct kv_shape *shape,
     }
 }
 
-/* Checks and decodes a block. raw, rows: room for its raw bytes, and at least
- * 1. Returns the rule that is broken, or NULL. */
+/* Puts n pieces that stand one after another at the distance of rows. */
+static void kv_block_spread(const struct kv_shape *shape,
+                            const unsigned char *from, size_t n, size_t bytes,
+                            unsigned char *rows)
+{
+    for (size_t i = 0; i < n; i++)
+        memcpy(rows + i * shape->record_bytes, from + i * bytes, bytes);
+}
+
+/* The m values are in the first m rows: moves each to the row of its key. */
+static void kv_block_place_values(const struct kv_shape *shape,
+                                  const unsigned char *bits, size_t n,
+                                  size_t m, unsigned char *rows)
+{
+    unsigned char *values = rows + shape->key_bytes;
+
+    for (size_t i = n; i-- > 0;) {
+        if (kv_bit_get(bits, i)) continue;
+        m--;
+        memmove(values + i * shape->record_bytes,
+                values + m * shape->record_bytes, shape->value_bytes);
+    }
+    assert(m == 0);
+}
+
+/* Makes rows of the planes or pieces in `body`. */
+static void kv_block_make_rows(const struct kv_shape *shape,
+                               const unsigned char *body,
+                               const unsigned char *bits, size_t n, size_t m,
+                               unsigned char *rows)
+{
+    size_t k = shape->key_bytes;
+    size_t v = shape->value_bytes;
+    size_t stride = shape->record_bytes;
+
+    if (!kv_block_has_planes(n)) {
+        kv_block_spread(shape, body, n, k, rows);
+        kv_block_spread(shape, body + n * k, m, v, rows + k);
+    } else if (m == n) {
+        kv_plane_transpose(body, stride, n, rows, stride);
+    } else {
+        kv_plane_transpose(body, k, n, rows, stride);
+        kv_plane_transpose(body + n * k, v, m, rows + k, stride);
+    }
+    if (m < n) kv_block_place_values(shape, bits, n, m, rows);
+}
+
+/* Checks and decodes a block. raw: room for its raw bytes, and at least 1;
+ * rows: room for its rows; may be `stored`, which is done with before. Returns
+ * the rule that is broken, or NULL. */
 static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
                                    uint32_t seed, const struct kv_block *block,
                                    const unsigned char *stored,
@@ -4626,6 +5059,7 @@ static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
     const char *broken;
 
     assert(n > 0);
+    assert(n <= kv_block_records_max(shape));
     assert(block->tombstones <= block->records);
     assert(raw_bytes <= KV_BLOCK_RAW_MAX);
     if (kv_crc_add(&env->crc, seed, stored, block->stored_bytes) != block->crc)
@@ -4633,23 +5067,15 @@ static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
     broken = kv_block_decompress(zstd, stored, block->stored_bytes, raw,
                                  raw_bytes);
     if (!broken) broken = kv_block_check_bits(bits, n, block->tombstones);
-    if (!broken && kv_block_has_planes(n)) {
+    if (!broken && kv_block_has_planes(n))
         broken = kv_block_check_modes(shape, raw);
-        if (broken) return broken;
-        kv_block_decode_planes(shape, raw, body, n, m);
-        kv_plane_transpose(body, shape->key_bytes, n, rows);
-        kv_plane_transpose(body + n * shape->key_bytes, shape->value_bytes, m,
-                           rows + n * shape->key_bytes);
-        body = rows;
-    }
-    if (!broken) broken = kv_block_check_order(shape, body, n);
-    assert(broken || body + n * shape->key_bytes + m * shape->value_bytes
-                         <= (body == rows ? rows : raw) + raw_bytes);
-    view->keys = body;
-    view->values = body + n * shape->key_bytes;
+    if (broken) return broken;
+    if (kv_block_has_planes(n)) kv_block_decode_planes(shape, raw, body, n, m);
+    kv_block_make_rows(shape, body, bits, n, m, rows);
+    view->rows = rows;
     view->bits = block->tombstones ? bits : NULL;
     view->records = block->records;
-    return broken;
+    return kv_block_check_order(shape, rows, n);
 }
 
 /* ==========================================================================
@@ -4727,7 +5153,7 @@ struct kv_table {
     size_t blocks;
     size_t entry_bytes;           /* of the index */
     unsigned char *index;         /* as in the file */
-    size_t stored_bytes_max;      /* of a block */
+    size_t stored_bytes_max;      /* of a block, as stored or as rows */
     size_t raw_bytes_max;
 };
 
@@ -4915,8 +5341,7 @@ static const char *kv_table_check_block(const struct kv_shape *shape,
     if (b->stored_bytes > KV_BLOCK_STORED_MAX) return "block is too large";
     if (b->records == 0) return "block has no records";
     if (b->tombstones > b->records) return "block has too many tombstones";
-    if (kv_block_raw_bytes(shape, b->records, b->tombstones)
-        > KV_BLOCK_RAW_MAX)
+    if (b->records > kv_block_records_max(shape))
         return "block has too many records";
     return NULL;
 }
@@ -4940,8 +5365,9 @@ static const char *kv_table_check_index(const struct kv_env *env,
         off += b.stored_bytes;
         records += b.records;
         tombstones += b.tombstones;
-        t->stored_bytes_max = (size_t)kv_max(t->stored_bytes_max,
-                                             b.stored_bytes);
+        t->stored_bytes_max = (size_t)kv_max(
+            t->stored_bytes_max,
+            kv_max(b.stored_bytes, (uint64_t)b.records * shape->record_bytes));
         t->raw_bytes_max = (size_t)kv_max(
             t->raw_bytes_max,
                            kv_block_raw_bytes(shape, b.records, b.tombstones));
@@ -5033,24 +5459,22 @@ done:
     return rc;
 }
 
-/* --- Source --- */
+/* --- Input --- */
 
 /* The records of a table with from <= key < to. Has buffers of its own; the
  * table must stay open for as long. */
-struct kv_table_source {
-    struct kv_source base;
+struct kv_table_input {
+    struct kv_input base;
     struct kv_job *job;
     const struct kv_table *table;
-    unsigned char *stored;        /* one allocation, shared by the next two */
+    unsigned char *stored;        /* then its rows; allocated with the next */
     unsigned char *raw;
-    unsigned char *rows;
     ZSTD_DCtx *zstd;
     struct kv_block_view view;
     size_t block;                 /* the next to be read */
     size_t block_end;
     size_t at;                    /* the next record of the view */
     size_t end;
-    const unsigned char *value;   /* of the next put */
     bool has_from;
     bool has_to;
     unsigned char from[KVMETA_KEY_BYTES_MAX];
@@ -5058,7 +5482,7 @@ struct kv_table_source {
 };
 
 /* Accepts a zeroed one. */
-static void kv_table_source_close(struct kv_table_source *s)
+static void kv_table_input_close(struct kv_table_input *s)
 {
     if (!s->job) return;
     ZSTD_freeDCtx(s->zstd);
@@ -5088,7 +5512,7 @@ static size_t kv_keys_lower_bound(const unsigned char *keys, size_t n,
 
 /* Narrows the blocks to those that may hold a key of the range. The one
  * before the first that starts at `from` or above may hold `from`. */
-static void kv_table_source_narrow(struct kv_table_source *s)
+static void kv_table_input_narrow(struct kv_table_input *s)
 {
     const struct kv_shape *shape = &s->job->env->shape;
     const struct kv_table *t = s->table;
@@ -5107,27 +5531,21 @@ static void kv_table_source_narrow(struct kv_table_source *s)
 }
 
 /* Narrows the records of the view to the range. */
-static void kv_table_source_clip(struct kv_table_source *s)
+static void kv_table_input_clip(struct kv_table_input *s)
 {
     const struct kv_shape *shape = &s->job->env->shape;
     const struct kv_block_view *view = &s->view;
-    size_t puts;
 
     s->at = 0;
     s->end = view->records;
     if (s->has_to && s->block == s->block_end)
-        s->end = kv_keys_lower_bound(view->keys, s->end, shape->key_bytes,
+        s->end = kv_keys_lower_bound(view->rows, s->end, shape->record_bytes,
                                      s->to, shape->key_bytes);
     assert(s->end <= view->records);
     if (s->has_from)
-        s->at = kv_keys_lower_bound(view->keys, s->end, shape->key_bytes,
+        s->at = kv_keys_lower_bound(view->rows, s->end, shape->record_bytes,
                                     s->from, shape->key_bytes);
-    puts = s->at;
-    for (size_t i = 0; view->bits && i < s->at; i++)
-        puts -= kv_bit_get(view->bits, i);
     assert(s->at <= s->end);
-    assert(puts <= s->at);
-    s->value = view->values + puts * shape->value_bytes;
     if (s->at < s->end) s->has_from = false;
 }
 
@@ -5137,9 +5555,10 @@ static const char *kv_table_check_bounds(const struct kv_env *env,
                                          const struct kv_block_view *view)
 {
     size_t k = env->shape.key_bytes;
-    const unsigned char *last = view->keys + (view->records - 1) * k;
+    const unsigned char *last = view->rows
+        + (view->records - 1) * (size_t)env->shape.record_bytes;
 
-    if (memcmp(view->keys, kv_table_block_key(t, i), k) != 0)
+    if (memcmp(view->rows, kv_table_block_key(t, i), k) != 0)
         return "first key is not the index's";
     if (i + 1 < t->blocks && memcmp(last, kv_table_block_key(t, i + 1),
                                     k) >= 0)
@@ -5147,9 +5566,9 @@ static const char *kv_table_check_bounds(const struct kv_env *env,
     return NULL;
 }
 
-/* Reads and checks the next block. After an error the source stands where it
+/* Reads and checks the next block. After an error the input stands where it
  * was, so that another call meets the same error. */
-static int kv_table_source_read(struct kv_table_source *s,
+static int kv_table_input_read(struct kv_table_input *s,
                                 struct kvmeta_error *err)
 {
     struct kv_env *env = s->job->env;
@@ -5167,99 +5586,117 @@ static int kv_table_source_read(struct kv_table_source *s,
                       err);
     if (rc) return rc;
     broken = kv_block_decode(env, s->zstd, t->seed, &block, s->stored, s->raw,
-                             s->rows, &s->view);
+                             s->stored, &s->view);
     if (!broken) broken = kv_table_check_bounds(env, t, s->block, &s->view);
     if (broken) return kv_fail_corrupt(err, &t->file, block.off, "%s", broken);
     s->block++;
-    kv_table_source_clip(s);
+    kv_table_input_clip(s);
     return KVMETA_OK;
 }
 
-static int kv_table_source_next(struct kv_source *base,
-                                struct kvmeta_error *err)
+static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
+                               size_t *n, struct kvmeta_error *err)
 {
-    struct kv_table_source *s = (struct kv_table_source *)base;
+    struct kv_table_input *s = (struct kv_table_input *)base;
     const struct kv_shape *shape = &s->job->env->shape;
+    const unsigned char *row;
 
-    while (KV_UNLIKELY(s->at == s->end)) {
+    while (s->at == s->end) {
         int rc;
 
         if (s->block >= s->block_end) return KV_END;
-        rc = kv_table_source_read(s, err);
+        rc = kv_table_input_read(s, err);
         if (rc) return rc;
     }
-    base->key = s->view.keys + s->at * shape->key_bytes;
-    base->head = kv_key_head(shape, base->key);
-    if (s->view.bits && kv_bit_get(s->view.bits, s->at)) {
-        base->value = NULL;
-    } else {
-        base->value = s->value;
-        s->value += shape->value_bytes;
+    *n = (size_t)kv_min(KV_INPUT_ITEMS, s->end - s->at);
+    row = s->view.rows + s->at * shape->record_bytes;
+    for (size_t i = 0; i < *n; i++) {
+        items[i].head = kv_key_head(shape, row);
+        items[i].place = (uint32_t)s->at;
+        items[i].mark = s->view.bits && kv_bit_get(s->view.bits, s->at);
+        s->at++;
+        row += shape->record_bytes;
     }
-    s->at++;
     return KVMETA_OK;
 }
 
 /* Buffers are as large as the largest block of this table, no larger. */
-static int kv_table_source_alloc(struct kv_table_source *s,
+static int kv_table_input_alloc(struct kv_table_input *s,
                                  struct kvmeta_error *err)
 {
     struct kv_env *env = s->job->env;
     size_t raw_bytes = s->table->raw_bytes_max + 1;
-    size_t bytes = s->table->stored_bytes_max + 2 * raw_bytes;
+    size_t bytes = s->table->stored_bytes_max + raw_bytes;
 
     s->stored = kv_alloc(env, bytes);
     if (!s->stored) return kv_fail_memory(err, bytes);
     s->raw = s->stored + s->table->stored_bytes_max;
-    s->rows = s->raw + raw_bytes;
+    s->base.rows = s->stored;
+    s->base.unit = env->shape.record_bytes;
     s->zstd = ZSTD_createDCtx_advanced(kv_zstd_memory(env));
     if (s->zstd) return KVMETA_OK;
     return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory to decompress");
 }
 
 /* from, to: the store's keys, copied; NULL: without a bound. */
-static int kv_table_source_open(struct kv_job *job, const struct kv_table *t,
+static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
                                 const void *from, const void *to,
-                                struct kv_table_source *s,
+                                struct kv_table_input *s,
                                 struct kvmeta_error *err)
 {
     size_t key_bytes = job->env->shape.key_bytes;
     int rc;
 
     memset(s, 0, sizeof *s);
-    s->base.next = kv_table_source_next;
+    s->base.fill = kv_table_input_fill;
     s->job = job;
     s->table = t;
     s->has_from = from != NULL;
     s->has_to = to != NULL;
     if (from) memcpy(s->from, from, key_bytes);
     if (to) memcpy(s->to, to, key_bytes);
-    kv_table_source_narrow(s);
+    kv_table_input_narrow(s);
     if (s->block >= s->block_end) return KVMETA_OK;
-    rc = kv_table_source_alloc(s, err);
-    if (rc) kv_table_source_close(s);
+    rc = kv_table_input_alloc(s, err);
+    if (rc) kv_table_input_close(s);
     return rc;
 }
 
 /* --- Verification --- */
+
+static void kv_block_sum(const struct kv_shape *shape,
+                         const struct kv_block_view *view,
+                         struct kvmeta_digest *sum)
+{
+    for (size_t i = 0; i < view->records; i++) {
+        const unsigned char *row = view->rows + i * shape->record_bytes;
+        bool tombstone = view->bits && kv_bit_get(view->bits, i);
+
+        kv_digest_add(sum, kv_digest_record(
+                               shape, row,
+                               tombstone ? NULL : row + shape->key_bytes));
+    }
+}
 
 /* Reads all records and compares their sum and count with the footer's. */
 static int kv_table_check_records(struct kv_job *job, const struct kv_table *t,
                                   struct kvmeta_error *err)
 {
     const struct kv_shape *shape = &job->env->shape;
-    struct kv_table_source s;
+    struct kv_table_input s;
     struct kvmeta_digest sum = {0, 0};
     uint64_t records = 0;
-    int rc = kv_table_source_open(job, t, NULL, NULL, &s, err);
+    int rc = kv_table_input_open(job, t, NULL, NULL, &s, err);
 
     if (rc) return rc;
-    while ((rc = kv_table_source_next(&s.base, err)) == KVMETA_OK) {
-        kv_digest_add(&sum, kv_digest_record(shape, s.base.key, s.base.value));
-        records++;
+    while (!rc && s.block < s.block_end) {
+        rc = kv_table_input_read(&s, err);
+        if (rc) break;
+        kv_block_sum(shape, &s.view, &sum);
+        records += s.view.records;
     }
-    kv_table_source_close(&s);
-    if (rc != KV_END) return rc;
+    kv_table_input_close(&s);
+    if (rc) return rc;
     assert(records == t->meta.records);
     if (records != t->meta.records || !kv_digest_equal(sum, t->sum))
         return kv_fail_corrupt(err, &t->file, KV_TABLE_HEADER_BYTES,
@@ -5553,217 +5990,6 @@ static int kv_table_writer_finish(struct kv_table_writer *w,
     return KVMETA_OK;
 }
 
-/* ==========================================================================
- * Merge
- *
- * Many sources to one: a tree of losers over (head, key, age). Of equal keys
- * the newest source's record is passed on and the others are passed over.
- *
- *   (M1) Ended sources are greater than all others.
- *   (M2) node[i], 1 <= i < n, holds the loser of the match at i, node[0] the
- *        winner of all; source s enters at the parent of leaf n + s.
- *   (M3) With `balance`, the sum of the records passed on and of `shadowed`
- *        is the sum of all records taken in.
- * ========================================================================== */
-
-/* A source in the tree, with its head close by. */
-struct kv_merge_leaf {
-    uint64_t head;
-    const unsigned char *key;     /* NULL: ended */
-};
-
-struct kv_merge {
-    struct kv_source base;
-    struct kv_env *env;
-    struct kv_source **sources;   /* oldest first; the caller's */
-    size_t n;
-    bool balance;                 /* set after open: keep `shadowed` */
-    bool started;
-    uint64_t records_in;
-    struct kvmeta_digest shadowed;
-    struct kv_merge_leaf *leaf;   /* [n] */
-    uint32_t *node;               /* [n], in the allocation of `leaf` */
-    unsigned char key[KVMETA_KEY_BYTES_MAX]; /* passed on last */
-};
-
-/* Does source a come before source b? */
-static bool kv_merge_before(const struct kv_merge *m, uint32_t a, uint32_t b)
-{
-    const struct kv_merge_leaf *x = &m->leaf[a];
-    const struct kv_merge_leaf *y = &m->leaf[b];
-    int order;
-
-    assert(a != b);
-    if (x->head != y->head) return x->head < y->head;
-    if (!x->key || !y->key) return x->key || (!y->key && a > b);
-    order = kv_key_compare(&m->env->shape, x->key, x->head, y->key, y->head);
-    return order ? order < 0 : a > b;
-}
-
-/* Moves source s to its following record. */
-static int kv_merge_pull(struct kv_merge *m, uint32_t s,
-                         struct kvmeta_error *err)
-{
-    struct kv_source *source = m->sources[s];
-    int rc = source->next(source, err);
-
-    assert(s < m->n);
-    if (rc == KVMETA_OK) {
-        assert(source->head == kv_key_head(&m->env->shape, source->key));
-        m->leaf[s].head = source->head;
-        m->leaf[s].key = source->key;
-        m->records_in++;
-        return KVMETA_OK;
-    }
-    if (rc != KV_END) return rc;
-    m->leaf[s].head = UINT64_MAX;
-    m->leaf[s].key = NULL;
-    return KVMETA_OK;
-}
-
-/* Plays the matches from source s up to the top. */
-static void kv_merge_replay(struct kv_merge *m, uint32_t s)
-{
-    uint32_t winner = s;
-
-    assert(s < m->n);
-    for (size_t i = (m->n + s) / 2; i > 0; i /= 2) {
-        uint32_t loser = m->node[i];
-
-        if (kv_merge_before(m, loser, winner)) {
-            m->node[i] = winner;
-            winner = loser;
-        }
-    }
-    m->node[0] = winner;
-}
-
-/* Plays all matches. Inner match i is between matches 2i and 2i + 1; a number
- * from n on is a leaf. `won` has the winners for the time of the building. */
-static void kv_merge_build(struct kv_merge *m, uint32_t *won)
-{
-    assert(m->n >= 2);
-    for (size_t i = m->n; i-- > 1;) {
-        uint32_t a = 2 * i < m->n ? won[2 * i] : (uint32_t)(2 * i - m->n);
-        uint32_t b = 2 * i + 1 < m->n ? won[2 * i + 1]
-                                      : (uint32_t)(2 * i + 1 - m->n);
-        bool a_wins = kv_merge_before(m, a, b);
-
-        won[i] = a_wins ? a : b;
-        m->node[i] = a_wins ? b : a;
-    }
-    m->node[0] = won[1];
-}
-
-/* On the first call of `next`, so that opening a merge reads nothing. */
-static int kv_merge_start(struct kv_merge *m, struct kvmeta_error *err)
-{
-    for (uint32_t s = 0; s < m->n; s++) {
-        int rc = kv_merge_pull(m, s, err);
-
-        if (rc) return rc;
-    }
-    kv_merge_build(m, m->node + m->n);
-    m->started = true;
-    return KVMETA_OK;
-}
-
-/* Is the winner's key the one that was passed on last? */
-static bool kv_merge_repeats(const struct kv_merge *m)
-{
-    const struct kv_merge_leaf *top = &m->leaf[m->node[0]];
-
-    if (!top->key || top->head != m->base.head) return false;
-    return memcmp(top->key, m->key, m->env->shape.key_bytes) == 0;
-}
-
-/* Moves on from the winner, and over all records of the same key: these are
- * older, for of equal keys the newest has won. */
-static int kv_merge_advance(struct kv_merge *m, struct kvmeta_error *err)
-{
-    const struct kv_shape *shape = &m->env->shape;
-
-    for (;;) {
-        uint32_t top = m->node[0];
-        int rc = kv_merge_pull(m, top, err);
-
-        if (rc) return rc;
-        kv_merge_replay(m, top);
-        if (KV_LIKELY(!kv_merge_repeats(m))) return KVMETA_OK;
-        assert(m->node[0] < top);
-        if (m->balance) {
-            const struct kv_source *s = m->sources[m->node[0]];
-
-            kv_digest_add(&m->shadowed,
-                          kv_digest_record(shape, s->key, s->value));
-        }
-    }
-}
-
-static int kv_merge_next(struct kv_source *base, struct kvmeta_error *err)
-{
-    struct kv_merge *m = (struct kv_merge *)base;
-    const struct kv_source *top;
-    int rc = m->started ? kv_merge_advance(m, err) : kv_merge_start(m, err);
-
-    if (rc) return rc;
-    top = m->sources[m->node[0]];
-    if (!m->leaf[m->node[0]].key) return KV_END;
-    memcpy(m->key, top->key, m->env->shape.key_bytes);
-    base->key = m->key;
-    base->value = top->value;
-    base->head = top->head;
-    return KVMETA_OK;
-}
-
-/* Of one source or none: nothing to compare, nothing to copy. */
-static int kv_merge_next_single(struct kv_source *base,
-                                struct kvmeta_error *err)
-{
-    struct kv_merge *m = (struct kv_merge *)base;
-    struct kv_source *source;
-    int rc;
-
-    assert(m->n <= 1);
-    if (m->n == 0) return KV_END;
-    source = m->sources[0];
-    rc = source->next(source, err);
-    if (rc) return rc;
-    m->records_in++;
-    base->key = source->key;
-    base->value = source->value;
-    base->head = source->head;
-    return KVMETA_OK;
-}
-
-/* Accepts a zeroed one. The sources stay open. */
-static void kv_merge_close(struct kv_merge *m)
-{
-    if (m->env) kv_free(m->env, m->leaf);
-    memset(m, 0, sizeof *m);
-}
-
-/* sources: oldest first; array and sources must outlive the merge, and none
- * may have been moved. After an error of `next` the merge can only be closed.
- */
-static int kv_merge_open(struct kv_env *env, struct kv_source **sources,
-                         size_t n, struct kv_merge *m,
-                         struct kvmeta_error *err)
-{
-    size_t bytes = n * (sizeof *m->leaf + 2 * sizeof *m->node);
-
-    assert(n < UINT32_MAX / 64);
-    memset(m, 0, sizeof *m);
-    m->env = env;
-    m->sources = sources;
-    m->n = n;
-    m->base.next = n < 2 ? kv_merge_next_single : kv_merge_next;
-    if (n < 2) return KVMETA_OK;
-    m->leaf = kv_alloc(env, bytes);
-    if (!m->leaf) return kv_fail_memory(err, bytes);
-    m->node = (uint32_t *)(void *)(m->leaf + n);
-    return KVMETA_OK;
-}
 /* ==========================================================================
  * Log frames
  *
@@ -6260,18 +6486,12 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
  * only if no evidence says that a byte of it was acknowledged.
  * ========================================================================== */
 
-/* An entry of a run: the head of its key, and its place in the log. */
-struct kv_run_item {
-    uint64_t head;
-    uint32_t place;               /* offset / 8 */
-};
-
 /* A whole log in memory. */
 struct kv_run {
     unsigned char *bytes;
     uint64_t size;                /* of the file */
     struct kv_log_head head;
-    struct kv_run_item *items;
+    struct kv_item *items;        /* the key is at bytes + place * 8 + 8 */
     size_t count;
     size_t cap;
     uint64_t end;                 /* of the last accepted frame */
@@ -6356,11 +6576,12 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
         const unsigned char *entry = run->bytes + at;
         const char *rule = kv_entry_check(&env->shape, run->head.slot_bytes,
                                           entry);
-        struct kv_run_item *item = &run->items[run->count++];
+        struct kv_item *item = &run->items[run->count++];
 
         if (rule) return kv_fail_corrupt(err, file, at, "entry: %s", rule);
         item->head = kv_key_head(&env->shape, entry + KV_ENTRY_BYTES);
         item->place = (uint32_t)(at / 8);
+        item->mark = entry[0] != KV_ENTRY_PUT;
     }
     run->end = end;
     run->last_hcrc = f->hcrc;
@@ -6456,77 +6677,56 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
     return KVMETA_OK;
 }
 
-/* Keys first, then age. */
-static int kv_run_compare(const struct kv_env *env, const unsigned char *bytes,
-                          const struct kv_run_item *a,
-                          const struct kv_run_item *b)
+/* A range of a run as an input. */
+struct kv_run_input {
+    struct kv_input base;
+    const struct kv_run *run;
+    size_t next;
+    size_t end;
+};
+
+static int kv_run_input_fill(struct kv_input *base, struct kv_item *items,
+                             size_t *n, struct kvmeta_error *err)
 {
-    int c = 0;
+    struct kv_run_input *s = (struct kv_run_input *)(void *)base;
 
-    if (a->head != b->head) return a->head < b->head ? -1 : 1;
-    if (env->shape.tail_bytes)
-        c = memcmp(bytes + (uint64_t)a->place * 8 + KV_ENTRY_BYTES + 8,
-                   bytes + (uint64_t)b->place * 8 + KV_ENTRY_BYTES + 8,
-                   env->shape.tail_bytes);
-    if (c) return c;
-    return a->place < b->place ? -1 : a->place > b->place;
-}
-
-/* Bottom-up merge sort: no recursion, no worst case. */
-static int kv_run_sort(struct kv_env *env, struct kv_run *run,
-                       struct kvmeta_error *err)
-{
-    size_t n = run->count;
-    struct kv_run_item *from = run->items;
-    struct kv_run_item *to;
-
-    if (n < 2) return KVMETA_OK;
-    to = kv_alloc(env, n * sizeof *to);
-    if (!to) return kv_fail_memory(err, n * sizeof *to);
-    for (size_t width = 1; width < n; width *= 2) {
-        struct kv_run_item *swap = from;
-
-        for (size_t start = 0; start < n; start += 2 * width) {
-            size_t i = start;
-            size_t middle = (size_t)kv_min(start + width, n);
-            size_t j = middle;
-            size_t end = (size_t)kv_min(start + 2 * width, n);
-
-            for (size_t k = start; k < end; k++) {
-                bool left = i < middle
-                    && (j == end || kv_run_compare(env, run->bytes, &from[i],
-                                                   &from[j]) < 0);
-
-                to[k] = left ? from[i++] : from[j++];
-            }
-        }
-        from = to;
-        to = swap;
-    }
-    kv_free(env, to);
-    run->items = from;
-    run->cap = n;
+    (void)err;
+    if (s->next == s->end) return KV_END;
+    *n = (size_t)kv_min(KV_INPUT_ITEMS, s->end - s->next);
+    memcpy(items, s->run->items + s->next, *n * sizeof *items);
+    s->next += *n;
     return KVMETA_OK;
 }
 
-/* Keeps the last entry of each key. */
-static void kv_run_unique(const struct kv_env *env, struct kv_run *run)
+/* All of a run. */
+static void kv_run_input_init(const struct kv_run *run, struct kv_run_input *s)
 {
-    size_t kept = 0;
+    s->base.fill = kv_run_input_fill;
+    s->base.rows = run->bytes + KV_ENTRY_BYTES;
+    s->base.unit = 8;
+    s->run = run;
+    s->next = 0;
+    s->end = run->count;
+}
 
-    for (size_t i = 0; i < run->count; i++) {
-        const unsigned char *key = run->bytes + (uint64_t)run->items[i].place
-            * 8 + KV_ENTRY_BYTES;
-        const unsigned char *last;
+/* By key, the last entry of each key only. */
+static int kv_run_sort(struct kv_env *env, struct kv_run *run,
+                       struct kvmeta_error *err)
+{
+    struct kv_run_input all;
+    struct kv_input *input = &all.base;
+    struct kv_order order = {.shape = &env->shape, .inputs = &input};
+    size_t bytes = run->count * sizeof *run->items;
+    struct kv_item *tmp;
 
-        if (kept > 0) {
-            last = run->bytes + (uint64_t)run->items[kept - 1].place * 8
-                + KV_ENTRY_BYTES;
-            if (memcmp(last, key, env->shape.key_bytes) == 0) kept--;
-        }
-        run->items[kept++] = run->items[i];
-    }
-    run->count = kept;
+    if (run->count < 2) return KVMETA_OK;
+    tmp = kv_alloc(env, bytes);
+    if (!tmp) return kv_fail_memory(err, bytes);
+    kv_run_input_init(run, &all);
+    kv_items_sort(&order, run->items, run->count, tmp);
+    run->count = kv_items_settle(&order, run->items, run->count, tmp, NULL);
+    kv_free(env, tmp);
+    return KVMETA_OK;
 }
 
 /*
@@ -6548,36 +6748,8 @@ static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
     if (!rc) rc = kv_run_read_file(env, &file, run, err);
     if (!rc) rc = kv_run_parse(env, &file, meta, acked, run, err);
     if (!rc) rc = kv_run_sort(env, run, err);
-    if (!rc) kv_run_unique(env, run);
     kv_file_close(env, &file);
     return rc;
-}
-
-/* A range of a run as a source. */
-struct kv_run_source {
-    struct kv_source base;
-    const struct kv_env *env;
-    const struct kv_run *run;
-    size_t next;
-    size_t end;
-};
-
-static int kv_run_source_next(struct kv_source *source,
-                              struct kvmeta_error *err)
-{
-    struct kv_run_source *s = (struct kv_run_source *)(void *)source;
-    const struct kv_run_item *item;
-    const unsigned char *entry;
-
-    (void)err;
-    if (s->next == s->end) return KV_END;
-    item = &s->run->items[s->next++];
-    entry = s->run->bytes + (uint64_t)item->place * 8;
-    s->base.head = item->head;
-    s->base.key = entry + KV_ENTRY_BYTES;
-    s->base.value = entry[0] == KV_ENTRY_PUT
-        ? s->base.key + s->env->shape.key_bytes : NULL;
-    return KVMETA_OK;
 }
 
 /* Index of the first item with a key >= `key`. */
@@ -6601,16 +6773,13 @@ static size_t kv_run_lower_bound(const struct kv_env *env,
 }
 
 /* from <= key < to; NULL: no bound. */
-static void kv_run_source_open(const struct kv_env *env,
-                               const struct kv_run *run, const void *from,
-                               const void *to, struct kv_run_source *s)
+static void kv_run_input_open(const struct kv_env *env,
+                              const struct kv_run *run, const void *from,
+                              const void *to, struct kv_run_input *s)
 {
-    memset(s, 0, sizeof *s);
-    s->base.next = kv_run_source_next;
-    s->env = env;
-    s->run = run;
-    s->next = from ? kv_run_lower_bound(env, run, from) : 0;
-    s->end = to ? kv_run_lower_bound(env, run, to) : run->count;
+    kv_run_input_init(run, s);
+    if (from) s->next = kv_run_lower_bound(env, run, from);
+    if (to) s->end = kv_run_lower_bound(env, run, to);
     assert(s->next <= s->end || (from && to));
     if (s->end < s->next) s->end = s->next;
 }
@@ -7787,7 +7956,9 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_log_meta meta;
     size_t count = db->tables_count;
-    struct kv_run_source source;
+    struct kv_run_input input;
+    struct kv_input *inputs = &input.base;
+    struct kv_merge merge = {0};
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
     struct kv_run run;
@@ -7802,8 +7973,10 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
     kv_job_init(db, &job);
     rc = kv_flush_load(db, &meta, &run, err);
     if (rc) goto done;
-    kv_run_source_open(&db->env, &run, NULL, NULL, &source);
-    rc = kv_job_write(&job, kv_store_new_id(db), &source.base, count == 0,
+    kv_run_input_init(&run, &input);
+    rc = kv_merge_open(&db->env, &inputs, 1, &merge, err);
+    if (rc) goto done;
+    rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, count == 0,
                       run.head.first_seq, kv_run_last_seq(&run), &dropped,
                       &table, err);
     if (rc) goto done;
@@ -7819,6 +7992,7 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
                         run.digest, err);
     if (!rc) db->counters.flushes++;
 done:
+    kv_merge_close(&merge);
     kv_run_free(&db->env, &run);
     return rc;
 }
@@ -7846,19 +8020,19 @@ static int kv_merge_balance(const struct kvmeta *db, size_t first, size_t last,
                    last - first);
 }
 
-/* Opens the tables [first, last) as one source. */
-static int kv_merge_sources(struct kvmeta *db, struct kv_job *job,
-                            size_t first, size_t last,
-                            struct kv_table_source *inputs,
-                            struct kv_source **sources,
-                            struct kvmeta_error *err)
+/* Opens the tables [first, last) as inputs of one merge. */
+static int kv_merge_tables(struct kvmeta *db, struct kv_job *job,
+                           size_t first, size_t last,
+                           struct kv_table_input *tables,
+                           struct kv_input **inputs,
+                           struct kvmeta_error *err)
 {
     int rc = KVMETA_OK;
 
     for (size_t i = first; i < last && !rc; i++) {
-        sources[i - first] = &inputs[i - first].base;
-        rc = kv_table_source_open(job, &db->tables[i], NULL, NULL,
-                                  &inputs[i - first], err);
+        inputs[i - first] = &tables[i - first].base;
+        rc = kv_table_input_open(job, &db->tables[i], NULL, NULL,
+                                 &tables[i - first], err);
     }
     return rc;
 }
@@ -7869,10 +8043,10 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
                         struct kvmeta_error *err)
 {
     size_t n = last - first;
-    size_t bytes = n * (sizeof(struct kv_table_source)
-                        + sizeof(struct kv_source *));
-    struct kv_table_source *inputs = kv_alloc_zeroed(&db->env, bytes);
-    struct kv_source **sources;
+    size_t bytes = n * (sizeof(struct kv_table_input)
+                        + sizeof(struct kv_input *));
+    struct kv_table_input *tables = kv_alloc_zeroed(&db->env, bytes);
+    struct kv_input **inputs;
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
     struct kv_merge merge = {0};
@@ -7880,11 +8054,11 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
     int rc;
 
     assert(n >= 1);
-    if (!inputs) return kv_fail_memory(err, bytes);
-    sources = (struct kv_source **)(void *)(inputs + n);
+    if (!tables) return kv_fail_memory(err, bytes);
+    inputs = (struct kv_input **)(void *)(tables + n);
     kv_job_init(db, &job);
-    rc = kv_merge_sources(db, &job, first, last, inputs, sources, err);
-    if (!rc) rc = kv_merge_open(&db->env, sources, n, &merge, err);
+    rc = kv_merge_tables(db, &job, first, last, tables, inputs, err);
+    if (!rc) rc = kv_merge_open(&db->env, inputs, n, &merge, err);
     merge.balance = true;
     if (!rc)
         rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, first == 0,
@@ -7900,8 +8074,8 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
         }
     }
     kv_merge_close(&merge);
-    for (size_t i = 0; i < n; i++) kv_table_source_close(&inputs[i]);
-    kv_free(&db->env, inputs);
+    for (size_t i = 0; i < n; i++) kv_table_input_close(&tables[i]);
+    kv_free(&db->env, tables);
     if (rc) return rc;
     return kv_job_install(db, first, last, &table, 0, db->tables_seq,
                           db->tables_digest, err);
@@ -7927,7 +8101,6 @@ static int kv_version_source_next(struct kv_source *source,
     if (!there) return KV_END;
     s->base.key = kv_cursor_key(&s->cursor);
     s->base.value = kv_cursor_value(&s->cursor);
-    s->base.head = kv_key_head(s->shape, s->base.key);
     return KVMETA_OK;
 }
 
@@ -9241,11 +9414,11 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
-/* All tables and logs, from <= key < to, as sources; oldest first. */
+/* All tables and logs, from <= key < to; oldest first. */
 struct kv_inputs {
-    struct kv_table_source *tables;
-    struct kv_run_source *runs;
-    struct kv_source **sources;
+    struct kv_table_input *tables;
+    struct kv_run_input *runs;
+    struct kv_input **inputs;
     size_t count;
 };
 
@@ -9261,18 +9434,18 @@ static int kv_inputs_open(struct kv_recovery *rec, struct kv_job *job,
     in->tables = kv_alloc_zeroed(&db->env, (tables + 1) * sizeof *in->tables);
     in->runs = kv_alloc_zeroed(&db->env,
                                (rec->runs_count + 1) * sizeof *in->runs);
-    in->sources = kv_alloc(&db->env, (tables + rec->runs_count + 1)
-                           * sizeof *in->sources);
-    if (!in->tables || !in->runs || !in->sources)
+    in->inputs = kv_alloc(&db->env, (tables + rec->runs_count + 1)
+                           * sizeof *in->inputs);
+    if (!in->tables || !in->runs || !in->inputs)
         return kv_fail_memory(err, (tables + 1) * sizeof *in->tables);
     for (size_t i = 0; i < tables && !rc; i++) {
-        rc = kv_table_source_open(job, &db->tables[i], from, to,
+        rc = kv_table_input_open(job, &db->tables[i], from, to,
                                   &in->tables[i], err);
-        if (!rc) in->sources[in->count++] = &in->tables[i].base;
+        if (!rc) in->inputs[in->count++] = &in->tables[i].base;
     }
     for (size_t i = 0; i < rec->runs_count; i++) {
-        kv_run_source_open(&db->env, &rec->runs[i], from, to, &in->runs[i]);
-        in->sources[in->count++] = &in->runs[i].base;
+        kv_run_input_open(&db->env, &rec->runs[i], from, to, &in->runs[i]);
+        in->inputs[in->count++] = &in->runs[i].base;
     }
     return rc;
 }
@@ -9283,10 +9456,10 @@ static void kv_inputs_close(struct kv_recovery *rec, struct kv_inputs *in,
     struct kv_env *env = &rec->db->env;
 
     for (size_t i = 0; i < tables && in->tables; i++)
-        kv_table_source_close(&in->tables[i]);
+        kv_table_input_close(&in->tables[i]);
     kv_free(env, in->tables);
     kv_free(env, in->runs);
-    kv_free(env, in->sources);
+    kv_free(env, in->inputs);
 }
 
 static int kv_recover_range(struct kv_recovery *rec, size_t i,
@@ -9302,11 +9475,14 @@ static int kv_recover_range(struct kv_recovery *rec, size_t i,
     struct kv_job job = {.env = &db->env};
     int rc = kv_inputs_open(rec, &job, from, to, true, &in, err);
 
-    if (!rc) rc = kv_merge_open(&db->env, in.sources, in.count, &merge, err);
+    if (!rc) rc = kv_merge_open(&db->env, in.inputs, in.count, &merge, err);
     while (!rc) {
-        rc = merge.base.next(&merge.base, err);
-        if (!rc && merge.base.value)
-            rc = kv_loader_add(loader, merge.base.key, merge.base.value, err);
+        rc = kv_merge_round(&merge, err);
+        for (size_t k = 0; k < merge.count && !rc; k++)
+            if (!(merge.items[k].mark & 1))
+                rc = kv_loader_add(loader, merge.items[k].head,
+                                   kv_item_key(&merge.order, &merge.items[k]),
+                                   err);
     }
     kv_merge_close(&merge);
     kv_inputs_close(rec, &in, db->tables_count);
@@ -9418,7 +9594,7 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
     kv_job_init(db, &job);
     job.between = NULL;
     rc = kv_inputs_open(rec, &job, NULL, NULL, false, &in, err);
-    if (!rc) rc = kv_merge_open(&db->env, in.sources, in.count, &merge, err);
+    if (!rc) rc = kv_merge_open(&db->env, in.inputs, in.count, &merge, err);
     if (!rc && rec->seq >= first_seq)
         rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, count == 0,
                           first_seq, rec->seq, &dropped, &table, err);

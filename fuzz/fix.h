@@ -176,24 +176,14 @@ static inline bool fix_table_sum_block(const struct fix_table_parts *p,
                                        const uint8_t *stored,
                                        struct kvmeta_digest *sum)
 {
-    const struct kv_shape *shape = &p->env.shape;
     unsigned char *raw = malloc(2 * KV_BLOCK_RAW_MAX + 2);
     ZSTD_DCtx *zstd = ZSTD_createDCtx();
     struct kv_block_view view;
-    const unsigned char *value;
     bool decoded = raw && zstd
         && !kv_block_decode(&p->env, zstd, p->seed, block, stored, raw,
                             raw + KV_BLOCK_RAW_MAX + 1, &view);
 
-    value = decoded ? view.values : NULL;
-    for (size_t i = 0; decoded && i < view.records; i++) {
-        bool tombstone = view.bits && kv_bit_get(view.bits, i);
-
-        kv_digest_add(sum, kv_digest_record(shape,
-                                            view.keys + i * shape->key_bytes,
-                                            tombstone ? NULL : value));
-        if (!tombstone) value += shape->value_bytes;
-    }
+    if (decoded) kv_block_sum(&p->env.shape, &view, sum);
     ZSTD_freeDCtx(zstd);
     free(raw);
     return decoded;
