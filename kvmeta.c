@@ -347,7 +347,7 @@ static void kv_store_le64(void *p, uint64_t v)
     kv_store_le32(b + 4, (uint32_t)(v >> 32));
 }
 
-static uint64_t kv_load_be64(const void *p)
+static inline uint64_t kv_load_be64(const void *p)
 {
     const unsigned char *b = p;
 
@@ -373,7 +373,7 @@ static void kv_store_be64(void *p, uint64_t v)
 
 /* The first 8 bytes of a key as a number; shorter keys count as if followed
  * by zeros, which keeps their order because all keys have one width. */
-static uint64_t kv_key_head(const struct kv_shape *shape, const void *key)
+static inline uint64_t kv_key_head(const struct kv_shape *shape, const void *key)
 {
     unsigned char padded[8] = {0};
 
@@ -475,7 +475,7 @@ static uint32_t kv_crc_add(const struct kv_crc *crc, uint32_t sum,
 #define KV_DIGEST_ODD_B 0xA54FF53A5F1D36F1u
 #define KV_DIGEST_TOMBSTONE 0x510E527FADE682D1u
 
-static void kv_digest_mix(struct kvmeta_digest *h, uint64_t word)
+static inline void kv_digest_mix(struct kvmeta_digest *h, uint64_t word)
 {
     h->lo = (h->lo ^ word) * KV_DIGEST_ODD_A;
     h->hi = (h->hi ^ word) * KV_DIGEST_ODD_B;
@@ -483,8 +483,8 @@ static void kv_digest_mix(struct kvmeta_digest *h, uint64_t word)
     h->hi ^= h->hi >> 29;
 }
 
-static void kv_digest_mix_bytes(struct kvmeta_digest *h, const void *bytes,
-                                size_t n)
+static inline void kv_digest_mix_bytes(struct kvmeta_digest *h,
+                                       const void *bytes, size_t n)
 {
     const unsigned char *p = bytes;
     unsigned char padded[8] = {0};
@@ -4105,24 +4105,29 @@ enum { KV_TILE = 16 };            /* rows and columns turned at a time */
 
 #if KV_X86
 /* Turns 16 x 16 bytes: after four rounds of interleaving row i with row i + 8
- * byte (i, j) has become byte (j, i). */
+ * byte (i, j) has become byte (j, i). Unrolled, the rows are in registers. */
 static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
                               unsigned char *dst, size_t dst_stride)
 {
     __m128i a[KV_TILE], b[KV_TILE];
 
+#pragma GCC unroll 16
     for (size_t i = 0; i < KV_TILE; i++)
         a[i] = _mm_loadu_si128((const void *)(src + i * src_stride));
+#pragma GCC unroll 2
     for (int round = 0; round < 2; round++) {
+#pragma GCC unroll 8
         for (int i = 0; i < KV_TILE / 2; i++) {
             b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
             b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
         }
+#pragma GCC unroll 8
         for (int i = 0; i < KV_TILE / 2; i++) {
             a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
             a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
         }
     }
+#pragma GCC unroll 16
     for (size_t i = 0; i < KV_TILE; i++)
         _mm_storeu_si128((void *)(dst + i * dst_stride), a[i]);
 }
