@@ -3785,6 +3785,26 @@ static int kv_item_compare(const struct kv_order *o, const struct kv_item *a,
                           kv_item_key(o, b), b->head);
 }
 
+/* How many of n sorted items are below the key; with `equal`, not above it. */
+static size_t kv_items_rank(const struct kv_order *o,
+                            const struct kv_item *items, size_t n,
+                            const unsigned char *key, bool equal)
+{
+    uint64_t head = kv_key_head(o->shape, key);
+    size_t low = 0;
+
+    while (low < n) {
+        size_t middle = low + (n - low) / 2;
+
+        if (kv_key_compare(o->shape, kv_item_key(o, &items[middle]),
+                           items[middle].head, key, head) < (int)equal)
+            low = middle + 1;
+        else
+            n = middle;
+    }
+    return low;
+}
+
 /* a, or b if `second` is 1: compilers make a branch of ?:, and which one it
  * is going to be cannot be predicted here. */
 static size_t kv_pick(size_t a, size_t b, size_t second)
@@ -3919,6 +3939,8 @@ struct kv_merge {
     struct kv_env *env;
     struct kv_order order;
     size_t n;                     /* inputs */
+    const unsigned char *from;    /* the caller's; NULL: no bound */
+    const unsigned char *to;
     bool balance;                 /* set after open: keep `shadowed` */
     struct kvmeta_digest shadowed;
     struct kv_merge_window *windows; /* [n]; the arrays are allocated with it */
@@ -3943,24 +3965,24 @@ static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
     }
 }
 
-/* Fills the windows that are empty. */
-static int kv_merge_fill(struct kv_merge *m, struct kvmeta_error *err)
+/* Fills the window of input i, and cuts off what is not in the range. */
+static int kv_merge_fill(struct kv_merge *m, size_t i,
+                         struct kv_merge_window *w, struct kvmeta_error *err)
 {
-    for (size_t i = 0; i < m->n; i++) {
-        struct kv_merge_window *w = &m->windows[i];
-        struct kv_input *input = m->order.inputs[i];
-        int rc;
+    struct kv_input *input = m->order.inputs[i];
+    size_t n = 0;
+    int rc = input->fill(input, w->items, &n, err);
 
-        if (w->at < w->end || w->ended) continue;
-        w->at = w->end = 0;
-        rc = input->fill(input, w->items, &w->end, err);
-        if (rc && rc != KV_END) return rc;
-        w->ended = rc == KV_END;
-        assert(w->ended == (w->end == 0));
-        assert(w->end <= KV_INPUT_ITEMS);
-        for (size_t k = 0; k < w->end; k++)
-            w->items[k].mark |= (uint32_t)(2 * i);
-    }
+    if (rc && rc != KV_END) return rc;
+    assert((rc == KV_END) == (n == 0));
+    assert(n <= KV_INPUT_ITEMS);
+    for (size_t k = 0; k < n; k++) w->items[k].mark |= (uint32_t)(2 * i);
+    w->at = m->from ? kv_items_rank(&m->order, w->items, n, m->from, false)
+                    : 0;
+    w->end = m->to ? kv_items_rank(&m->order, w->items, n, m->to, false) : n;
+    assert(w->at <= w->end || (m->from && m->to));
+    if (w->at > w->end) w->at = w->end;
+    w->ended = n == 0 || w->end < n;
     return KVMETA_OK;
 }
 
@@ -3981,39 +4003,28 @@ static const struct kv_item *kv_merge_limit(const struct kv_merge *m)
     return limit;
 }
 
-/* How many items of the window are not above the limit. */
-static size_t kv_merge_cut(const struct kv_merge *m,
-                           const struct kv_merge_window *w,
-                           const struct kv_item *limit)
-{
-    size_t low = w->at;
-    size_t high = w->end;
-
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-
-        if (kv_item_compare(&m->order, &w->items[middle], limit) <= 0)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low - w->at;
-}
-
 /* Takes in the following records: KV_END, or at least one item. Items stay
  * valid until the next round. */
 static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
 {
     struct kv_merge_stack stack = {.depth = 0};
     const struct kv_item *limit;
-    int rc = kv_merge_fill(m, err);
 
-    if (rc) return rc;
+    for (size_t i = 0; i < m->n; i++) {
+        struct kv_merge_window *w = &m->windows[i];
+
+        while (w->at == w->end && !w->ended) {
+            int rc = kv_merge_fill(m, i, w, err);
+
+            if (rc) return rc;
+        }
+    }
     limit = kv_merge_limit(m);
     if (!limit) return KV_END;
     for (size_t i = 0; i < m->n; i++) {
         struct kv_merge_window *w = &m->windows[i];
-        size_t n = kv_merge_cut(m, w, limit);
+        size_t n = kv_items_rank(&m->order, w->items + w->at, w->end - w->at,
+                                 kv_item_key(&m->order, limit), true);
 
         if (n == 0) continue;
         memcpy(m->items + stack.end, w->items + w->at, n * sizeof *w->items);
@@ -4051,10 +4062,12 @@ static void kv_merge_close(struct kv_merge *m)
     memset(m, 0, sizeof *m);
 }
 
-/* inputs: oldest first; array and inputs must outlive the merge, and none may
- * have been filled from. After an error the merge can only be closed. */
+/* All records with from <= key < to; NULL: no bound. inputs: oldest first;
+ * array, inputs and keys must outlive the merge, and none may have been filled
+ * from. After an error the merge can only be closed. */
 static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
-                         size_t n, struct kv_merge *m,
+                         size_t n, const unsigned char *from,
+                         const unsigned char *to, struct kv_merge *m,
                          struct kvmeta_error *err)
 {
     size_t room = n * KV_INPUT_ITEMS;
@@ -4066,6 +4079,8 @@ static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
     m->order.shape = &env->shape;
     m->order.inputs = inputs;
     m->n = n;
+    m->from = from;
+    m->to = to;
     if (n == 0) return KVMETA_OK;
     m->windows = kv_alloc(env, bytes);
     if (!m->windows) return kv_fail_memory(err, bytes);
@@ -4500,7 +4515,8 @@ static void kv_scheme_make(struct kv_scheme *scheme,
  *   V * m                    the values
  *
  * Few records make planes too short to be worth it, and a wide value is best
- * left in one piece. n, t, and the sum come from the index.
+ * left in one piece. n, t, and the sum come from the index. n is bounded by
+ * kv_block_records_max, so that its rows, too, fit in KV_BLOCK_RAW_MAX.
  *
  *   (B2) The sum is right before zstd sees a byte.
  *   (B3) The frame fills exactly the size that n and t call for.
@@ -5310,11 +5326,6 @@ static struct kv_block kv_table_entry_decode(const unsigned char *entry)
  * out.
  * ========================================================================== */
 
-static size_t kv_table_blocks(const struct kv_table *t)
-{
-    return t->blocks;
-}
-
 static const unsigned char *kv_table_entry(const struct kv_table *t, size_t i)
 {
     assert(i < t->blocks);
@@ -5466,8 +5477,8 @@ done:
 
 /* --- Input --- */
 
-/* The records of a table with from <= key < to. Has buffers of its own; the
- * table must stay open for as long. */
+/* The blocks of a table that may hold keys of a range. Has buffers of its own;
+ * the table must stay open for as long. */
 struct kv_table_input {
     struct kv_input base;
     struct kv_job *job;
@@ -5479,11 +5490,6 @@ struct kv_table_input {
     size_t block;                 /* the next to be read */
     size_t block_end;
     size_t at;                    /* the next record of the view */
-    size_t end;
-    bool has_from;
-    bool has_to;
-    unsigned char from[KVMETA_KEY_BYTES_MAX];
-    unsigned char to[KVMETA_KEY_BYTES_MAX];
 };
 
 /* Accepts a zeroed one. */
@@ -5495,63 +5501,22 @@ static void kv_table_input_close(struct kv_table_input *s)
     memset(s, 0, sizeof *s);
 }
 
-/* The first of n keys, `stride` apart, that is not below `key`; n if none. */
-static size_t kv_keys_lower_bound(const unsigned char *keys, size_t n,
-                                  size_t stride, const unsigned char *key,
-                                  size_t key_bytes)
+/* The first block that starts at `key` or above. */
+static size_t kv_table_find(const struct kv_table *t, const unsigned char *key,
+                            size_t key_bytes)
 {
     size_t low = 0;
+    size_t high = t->blocks;
 
-    while (n > 0) {
-        size_t half = n / 2;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
 
-        if (memcmp(keys + (low + half) * stride, key, key_bytes) < 0) {
-            low += half + 1;
-            n -= half + 1;
-        } else {
-            n = half;
-        }
+        if (memcmp(kv_table_block_key(t, middle), key, key_bytes) < 0)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return low;
-}
-
-/* Narrows the blocks to those that may hold a key of the range. The one
- * before the first that starts at `from` or above may hold `from`. */
-static void kv_table_input_narrow(struct kv_table_input *s)
-{
-    const struct kv_shape *shape = &s->job->env->shape;
-    const struct kv_table *t = s->table;
-    size_t stride = t->entry_bytes;
-
-    s->block_end = t->blocks;
-    if (t->blocks == 0) return;
-    if (s->has_to)
-        s->block_end = kv_keys_lower_bound(t->index + KV_TABLE_ENTRY_BYTES,
-                                           t->blocks, stride, s->to,
-                                           shape->key_bytes);
-    if (!s->has_from) return;
-    s->block = kv_keys_lower_bound(t->index + KV_TABLE_ENTRY_BYTES, t->blocks,
-                                   stride, s->from, shape->key_bytes);
-    if (s->block > 0) s->block--;
-}
-
-/* Narrows the records of the view to the range. */
-static void kv_table_input_clip(struct kv_table_input *s)
-{
-    const struct kv_shape *shape = &s->job->env->shape;
-    const struct kv_block_view *view = &s->view;
-
-    s->at = 0;
-    s->end = view->records;
-    if (s->has_to && s->block == s->block_end)
-        s->end = kv_keys_lower_bound(view->rows, s->end, shape->record_bytes,
-                                     s->to, shape->key_bytes);
-    assert(s->end <= view->records);
-    if (s->has_from)
-        s->at = kv_keys_lower_bound(view->rows, s->end, shape->record_bytes,
-                                    s->from, shape->key_bytes);
-    assert(s->at <= s->end);
-    if (s->at < s->end) s->has_from = false;
 }
 
 /* (Y3) and (B4), between a decoded block and the index. */
@@ -5595,7 +5560,7 @@ static int kv_table_input_read(struct kv_table_input *s,
     if (!broken) broken = kv_table_check_bounds(env, t, s->block, &s->view);
     if (broken) return kv_fail_corrupt(err, &t->file, block.off, "%s", broken);
     s->block++;
-    kv_table_input_clip(s);
+    s->at = 0;
     return KVMETA_OK;
 }
 
@@ -5606,14 +5571,14 @@ static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
     const struct kv_shape *shape = &s->job->env->shape;
     const unsigned char *row;
 
-    while (s->at == s->end) {
+    if (s->at == s->view.records) {
         int rc;
 
         if (s->block >= s->block_end) return KV_END;
         rc = kv_table_input_read(s, err);
         if (rc) return rc;
     }
-    *n = (size_t)kv_min(KV_INPUT_ITEMS, s->end - s->at);
+    *n = (size_t)kv_min(KV_INPUT_ITEMS, s->view.records - s->at);
     row = s->view.rows + s->at * shape->record_bytes;
     for (size_t i = 0; i < *n; i++) {
         items[i].head = kv_key_head(shape, row);
@@ -5643,11 +5608,13 @@ static int kv_table_input_alloc(struct kv_table_input *s,
     return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory to decompress");
 }
 
-/* from, to: the store's keys, copied; NULL: without a bound. */
+/* NULL: without a bound. The block before the first that starts at `from` or
+ * above may hold `from`. */
 static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
-                                const void *from, const void *to,
-                                struct kv_table_input *s,
-                                struct kvmeta_error *err)
+                               const unsigned char *from,
+                               const unsigned char *to,
+                               struct kv_table_input *s,
+                               struct kvmeta_error *err)
 {
     size_t key_bytes = job->env->shape.key_bytes;
     int rc;
@@ -5656,11 +5623,9 @@ static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
     s->base.fill = kv_table_input_fill;
     s->job = job;
     s->table = t;
-    s->has_from = from != NULL;
-    s->has_to = to != NULL;
-    if (from) memcpy(s->from, from, key_bytes);
-    if (to) memcpy(s->to, to, key_bytes);
-    kv_table_input_narrow(s);
+    s->block = from ? kv_table_find(t, from, key_bytes) : 0;
+    if (s->block > 0) s->block--;
+    s->block_end = to ? kv_table_find(t, to, key_bytes) : t->blocks;
     if (s->block >= s->block_end) return KVMETA_OK;
     rc = kv_table_input_alloc(s, err);
     if (rc) kv_table_input_close(s);
@@ -6682,12 +6647,11 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
     return KVMETA_OK;
 }
 
-/* A range of a run as an input. */
+/* The items of a run, from `next` on, as an input. */
 struct kv_run_input {
     struct kv_input base;
     const struct kv_run *run;
     size_t next;
-    size_t end;
 };
 
 static int kv_run_input_fill(struct kv_input *base, struct kv_item *items,
@@ -6696,8 +6660,8 @@ static int kv_run_input_fill(struct kv_input *base, struct kv_item *items,
     struct kv_run_input *s = (struct kv_run_input *)(void *)base;
 
     (void)err;
-    if (s->next == s->end) return KV_END;
-    *n = (size_t)kv_min(KV_INPUT_ITEMS, s->end - s->next);
+    if (s->next == s->run->count) return KV_END;
+    *n = (size_t)kv_min(KV_INPUT_ITEMS, s->run->count - s->next);
     memcpy(items, s->run->items + s->next, *n * sizeof *items);
     s->next += *n;
     return KVMETA_OK;
@@ -6711,7 +6675,6 @@ static void kv_run_input_init(const struct kv_run *run, struct kv_run_input *s)
     s->base.unit = 8;
     s->run = run;
     s->next = 0;
-    s->end = run->count;
 }
 
 /* By key, the last entry of each key only. */
@@ -6757,36 +6720,70 @@ static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
     return rc;
 }
 
-/* Index of the first item with a key >= `key`. */
-static size_t kv_run_lower_bound(const struct kv_env *env,
-                                 const struct kv_run *run, const void *key)
+/* From the key `from` on; NULL: all. */
+static void kv_run_input_open(const struct kv_env *env,
+                              const struct kv_run *run,
+                              const unsigned char *from,
+                              struct kv_run_input *s)
 {
-    size_t low = 0;
-    size_t high = run->count;
+    struct kv_input *input = &s->base;
+    struct kv_order order = {.shape = &env->shape, .inputs = &input};
 
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        const unsigned char *other = run->bytes
-            + (uint64_t)run->items[middle].place * 8 + KV_ENTRY_BYTES;
-
-        if (memcmp(other, key, env->shape.key_bytes) < 0)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+    kv_run_input_init(run, s);
+    if (from)
+        s->next = kv_items_rank(&order, run->items, run->count, from, false);
 }
 
-/* from <= key < to; NULL: no bound. */
-static void kv_run_input_open(const struct kv_env *env,
-                              const struct kv_run *run, const void *from,
-                              const void *to, struct kv_run_input *s)
+/* --- Tables and logs, merged --- */
+
+struct kv_inputs {
+    struct kv_merge merge;
+    size_t tables_count;
+    struct kv_table_input *tables;
+    struct kv_run_input *runs;    /* in the allocation of `tables`, with the */
+    struct kv_input **inputs;     /* next */
+};
+
+/* Accepts a zeroed one. */
+static void kv_inputs_close(struct kv_env *env, struct kv_inputs *in)
 {
-    kv_run_input_init(run, s);
-    if (from) s->next = kv_run_lower_bound(env, run, from);
-    if (to) s->end = kv_run_lower_bound(env, run, to);
-    assert(s->next <= s->end || (from && to));
-    if (s->end < s->next) s->end = s->next;
+    kv_merge_close(&in->merge);
+    for (size_t i = 0; i < in->tables_count; i++)
+        kv_table_input_close(&in->tables[i]);
+    kv_free(env, in->tables);
+    memset(in, 0, sizeof *in);
+}
+
+/* The records from <= key < to of tables and younger runs; oldest first, NULL:
+ * no bound. To be closed, after an error too. */
+static int kv_inputs_open(struct kv_job *job, const struct kv_table *tables,
+                          size_t tables_count, const struct kv_run *runs,
+                          size_t runs_count, const unsigned char *from,
+                          const unsigned char *to, struct kv_inputs *in,
+                          struct kvmeta_error *err)
+{
+    size_t n = tables_count + runs_count;
+    size_t bytes = tables_count * sizeof *in->tables
+        + runs_count * sizeof *in->runs + n * sizeof *in->inputs;
+    int rc = KVMETA_OK;
+
+    memset(in, 0, sizeof *in);
+    in->tables = kv_alloc_zeroed(job->env, bytes + 1);
+    if (!in->tables) return kv_fail_memory(err, bytes + 1);
+    in->runs = (struct kv_run_input *)(void *)(in->tables + tables_count);
+    in->inputs = (struct kv_input **)(void *)(in->runs + runs_count);
+    in->tables_count = tables_count;
+    for (size_t i = 0; i < tables_count && !rc; i++) {
+        rc = kv_table_input_open(job, &tables[i], from, to, &in->tables[i],
+                                 err);
+        in->inputs[i] = &in->tables[i].base;
+    }
+    for (size_t i = 0; i < runs_count; i++) {
+        kv_run_input_open(job->env, &runs[i], from, &in->runs[i]);
+        in->inputs[tables_count + i] = &in->runs[i].base;
+    }
+    return rc ? rc : kv_merge_open(job->env, in->inputs, n, from, to,
+                                   &in->merge, err);
 }
 
 /* ==========================================================================
@@ -7921,6 +7918,7 @@ static int kv_job_write(struct kv_job *job, uint64_t id,
     struct kv_table_writer w = {0};
     int rc = kv_table_writer_open(job, id, &w, err);
 
+    assert(source->next);
     memset(out, 0, sizeof *out);
     memset(dropped, 0, sizeof *dropped);
     while (!rc) {
@@ -7961,9 +7959,7 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_log_meta meta;
     size_t count = db->tables_count;
-    struct kv_run_input input;
-    struct kv_input *inputs = &input.base;
-    struct kv_merge merge = {0};
+    struct kv_inputs in = {0};
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
     struct kv_run run;
@@ -7978,10 +7974,9 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
     kv_job_init(db, &job);
     rc = kv_flush_load(db, &meta, &run, err);
     if (rc) goto done;
-    kv_run_input_init(&run, &input);
-    rc = kv_merge_open(&db->env, &inputs, 1, &merge, err);
+    rc = kv_inputs_open(&job, NULL, 0, &run, 1, NULL, NULL, &in, err);
     if (rc) goto done;
-    rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, count == 0,
+    rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base, count == 0,
                       run.head.first_seq, kv_run_last_seq(&run), &dropped,
                       &table, err);
     if (rc) goto done;
@@ -7997,7 +7992,7 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
                         run.digest, err);
     if (!rc) db->counters.flushes++;
 done:
-    kv_merge_close(&merge);
+    kv_inputs_close(&db->env, &in);
     kv_run_free(&db->env, &run);
     return rc;
 }
@@ -8025,62 +8020,36 @@ static int kv_merge_balance(const struct kvmeta *db, size_t first, size_t last,
                    last - first);
 }
 
-/* Opens the tables [first, last) as inputs of one merge. */
-static int kv_merge_tables(struct kvmeta *db, struct kv_job *job,
-                           size_t first, size_t last,
-                           struct kv_table_input *tables,
-                           struct kv_input **inputs,
-                           struct kvmeta_error *err)
-{
-    int rc = KVMETA_OK;
-
-    for (size_t i = first; i < last && !rc; i++) {
-        inputs[i - first] = &tables[i - first].base;
-        rc = kv_table_input_open(job, &db->tables[i], NULL, NULL,
-                                 &tables[i - first], err);
-    }
-    return rc;
-}
-
 /* The tables [first, last) become one. Tombstones go when there is nothing
  * older that they could hide. */
 static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
                         struct kvmeta_error *err)
 {
-    size_t n = last - first;
-    size_t bytes = n * (sizeof(struct kv_table_input)
-                        + sizeof(struct kv_input *));
-    struct kv_table_input *tables = kv_alloc_zeroed(&db->env, bytes);
-    struct kv_input **inputs;
+    struct kv_inputs in;
     struct kv_table table = {0};
-    struct kvmeta_digest dropped;
-    struct kv_merge merge = {0};
+    struct kvmeta_digest dropped = {0, 0};
     struct kv_job job;
     int rc;
 
-    assert(n >= 1);
-    if (!tables) return kv_fail_memory(err, bytes);
-    inputs = (struct kv_input **)(void *)(tables + n);
+    assert(first < last);
     kv_job_init(db, &job);
-    rc = kv_merge_tables(db, &job, first, last, tables, inputs, err);
-    if (!rc) rc = kv_merge_open(&db->env, inputs, n, &merge, err);
-    merge.balance = true;
+    rc = kv_inputs_open(&job, db->tables + first, last - first, NULL, 0, NULL,
+                        NULL, &in, err);
+    in.merge.balance = true;
     if (!rc)
-        rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, first == 0,
+        rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base, first == 0,
                           db->tables[first].meta.seq_first,
                           db->tables[last - 1].meta.seq_last, &dropped,
                           &table, err);
     if (!rc) {
-        rc = kv_merge_balance(db, first, last, merge.shadowed, dropped,
+        rc = kv_merge_balance(db, first, last, in.merge.shadowed, dropped,
                               &table, err);
         if (rc) {
             db->compaction_stopped = true;
             kv_job_discard(db, &table, true);
         }
     }
-    kv_merge_close(&merge);
-    for (size_t i = 0; i < n; i++) kv_table_input_close(&tables[i]);
-    kv_free(&db->env, tables);
+    kv_inputs_close(&db->env, &in);
     if (rc) return rc;
     return kv_job_install(db, first, last, &table, 0, db->tables_seq,
                           db->tables_digest, err);
@@ -9337,14 +9306,9 @@ static int kv_recover_table(struct kv_recovery *rec, size_t i,
                             struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
-    struct kv_file file = {.kind = KV_FILE_TABLE,
-                           .id = db->manifest.tables[i].id};
-    int rc = kv_table_open(&db->env, &db->manifest.tables[i], &db->tables[i],
-                           err);
 
-    if (rc == KVMETA_NOT_FOUND)
-        rc = kv_fail_corrupt(err, &file, 0, "listed in the manifest, missing");
-    return rc;
+    return kv_table_open(&db->env, &db->manifest.tables[i], &db->tables[i],
+                         err);
 }
 
 /* Each log must begin where the tables, or the log before, ended. */
@@ -9396,7 +9360,7 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
         if (!run || rec->runs[i].count > run->count) run = &rec->runs[i];
     }
     if (table && run && run->count > table->meta.records) table = NULL;
-    points = table ? kv_table_blocks(table) : run ? run->count : 0;
+    points = table ? table->blocks : run ? run->count : 0;
     /* Four ranges a thread even out those that take longer. */
     rec->ranges = db->options.open_threads > 1
         ? (size_t)kv_min(4 * (uint64_t)db->options.open_threads,
@@ -9419,78 +9383,29 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
-/* All tables and logs, from <= key < to; oldest first. */
-struct kv_inputs {
-    struct kv_table_input *tables;
-    struct kv_run_input *runs;
-    struct kv_input **inputs;
-    size_t count;
-};
-
-static int kv_inputs_open(struct kv_recovery *rec, struct kv_job *job,
-                          const void *from, const void *to, bool with_tables,
-                          struct kv_inputs *in, struct kvmeta_error *err)
-{
-    struct kvmeta *db = rec->db;
-    size_t tables = with_tables ? db->tables_count : 0;
-    int rc = KVMETA_OK;
-
-    memset(in, 0, sizeof *in);
-    in->tables = kv_alloc_zeroed(&db->env, (tables + 1) * sizeof *in->tables);
-    in->runs = kv_alloc_zeroed(&db->env,
-                               (rec->runs_count + 1) * sizeof *in->runs);
-    in->inputs = kv_alloc(&db->env, (tables + rec->runs_count + 1)
-                           * sizeof *in->inputs);
-    if (!in->tables || !in->runs || !in->inputs)
-        return kv_fail_memory(err, (tables + 1) * sizeof *in->tables);
-    for (size_t i = 0; i < tables && !rc; i++) {
-        rc = kv_table_input_open(job, &db->tables[i], from, to,
-                                  &in->tables[i], err);
-        if (!rc) in->inputs[in->count++] = &in->tables[i].base;
-    }
-    for (size_t i = 0; i < rec->runs_count; i++) {
-        kv_run_input_open(&db->env, &rec->runs[i], from, to, &in->runs[i]);
-        in->inputs[in->count++] = &in->runs[i].base;
-    }
-    return rc;
-}
-
-static void kv_inputs_close(struct kv_recovery *rec, struct kv_inputs *in,
-                            size_t tables)
-{
-    struct kv_env *env = &rec->db->env;
-
-    for (size_t i = 0; i < tables && in->tables; i++)
-        kv_table_input_close(&in->tables[i]);
-    kv_free(env, in->tables);
-    kv_free(env, in->runs);
-    kv_free(env, in->inputs);
-}
-
 static int kv_recover_range(struct kv_recovery *rec, size_t i,
                             struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
     size_t key_bytes = db->env.shape.key_bytes;
-    const void *from = i > 0 ? rec->bounds + (i - 1) * key_bytes : NULL;
-    const void *to = i + 1 < rec->ranges ? rec->bounds + i * key_bytes : NULL;
-    struct kv_loader *loader = &rec->loaders[i];
-    struct kv_merge merge = {0};
-    struct kv_inputs in;
+    const unsigned char *to = rec->bounds + i * key_bytes;
     struct kv_job job = {.env = &db->env};
-    int rc = kv_inputs_open(rec, &job, from, to, true, &in, err);
+    struct kv_inputs in;
+    int rc = kv_inputs_open(&job, db->tables, db->tables_count, rec->runs,
+                            rec->runs_count, i > 0 ? to - key_bytes : NULL,
+                            i + 1 < rec->ranges ? to : NULL, &in, err);
 
-    if (!rc) rc = kv_merge_open(&db->env, in.inputs, in.count, &merge, err);
     while (!rc) {
-        rc = kv_merge_round(&merge, err);
-        for (size_t k = 0; k < merge.count && !rc; k++)
-            if (!(merge.items[k].mark & 1))
-                rc = kv_loader_add(loader, merge.items[k].head,
-                                   kv_item_key(&merge.order, &merge.items[k]),
+        const struct kv_item *items = in.merge.items;
+
+        rc = kv_merge_round(&in.merge, err);
+        for (size_t k = 0; k < in.merge.count && !rc; k++)
+            if (!(items[k].mark & 1))
+                rc = kv_loader_add(&rec->loaders[i], items[k].head,
+                                   kv_item_key(&in.merge.order, &items[k]),
                                    err);
     }
-    kv_merge_close(&merge);
-    kv_inputs_close(rec, &in, db->tables_count);
+    kv_inputs_close(&db->env, &in);
     return rc == KV_END ? KVMETA_OK : rc;
 }
 
@@ -9591,20 +9506,18 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
     uint64_t first_seq = rec->runs[0].head.first_seq;
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
-    struct kv_merge merge = {0};
     struct kv_inputs in;
     struct kv_job job;
     int rc;
 
     kv_job_init(db, &job);
     job.between = NULL;
-    rc = kv_inputs_open(rec, &job, NULL, NULL, false, &in, err);
-    if (!rc) rc = kv_merge_open(&db->env, in.inputs, in.count, &merge, err);
+    rc = kv_inputs_open(&job, NULL, 0, rec->runs, rec->runs_count, NULL, NULL,
+                        &in, err);
     if (!rc && rec->seq >= first_seq)
-        rc = kv_job_write(&job, kv_store_new_id(db), &merge.base, count == 0,
+        rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base, count == 0,
                           first_seq, rec->seq, &dropped, &table, err);
-    kv_merge_close(&merge);
-    kv_inputs_close(rec, &in, 0);
+    kv_inputs_close(&db->env, &in);
     if (rc) return rc;
     return kv_job_install(db, count, count, &table, up_to, rec->seq,
                           rec->digest, err);

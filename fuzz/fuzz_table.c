@@ -57,19 +57,16 @@ static int collect(const struct kv_shape *shape, struct kv_source *s,
 }
 
 static int collect_range(struct input *in, const struct kv_table *t,
-                         const void *from, const void *to, struct records *r)
+                         const uint8_t *from, const uint8_t *to,
+                         struct records *r)
 {
     struct kvmeta_error err = {0};
-    struct kv_table_input table;
-    struct kv_input *input = &table.base;
-    struct kv_merge all = {0};
-    int rc = kv_table_input_open(&in->job, t, from, to, &table, &err);
+    struct kv_inputs part;
+    int rc = kv_inputs_open(&in->job, t, 1, NULL, 0, from, to, &part, &err);
 
-    if (!rc) rc = kv_merge_open(&in->world->env, &input, 1, &all, &err);
-    FUZZ_CHECK(rc == KVMETA_OK, "an input cannot be opened: %s", err.message);
-    rc = collect(&in->world->env.shape, &all.base, r, &err);
-    kv_merge_close(&all);
-    kv_table_input_close(&table);
+    FUZZ_CHECK(rc == KVMETA_OK, "a range cannot be opened: %s", err.message);
+    rc = collect(&in->world->env.shape, &part.merge.base, r, &err);
+    kv_inputs_close(&in->world->env, &part);
     fuzz_check_code(rc, &err);
     return rc;
 }
@@ -125,28 +122,22 @@ static void check_merge(struct input *in, const struct kv_table *t,
                         const struct records *all)
 {
     struct kvmeta_digest twice = t->sum;
-    struct kv_table_input tables[3];
-    struct kv_input *inputs[3];
+    struct kv_table tables[3] = {*t, *t, *t};
     struct kvmeta_error err = {0};
     struct records merged = {0};
-    struct kv_merge merge;
-    int rc = KVMETA_OK;
+    struct kv_inputs three;
+    int rc = kv_inputs_open(&in->job, tables, 3, NULL, 0, NULL, NULL, &three,
+                            &err);
 
-    for (int i = 0; i < 3; i++) {
-        rc = kv_table_input_open(&in->job, t, NULL, NULL, &tables[i], &err);
-        FUZZ_CHECK(rc == KVMETA_OK, "cannot be opened: %s", err.message);
-        inputs[i] = &tables[i].base;
-    }
-    rc = kv_merge_open(&in->world->env, inputs, 3, &merge, &err);
-    merge.balance = true;
-    if (!rc) rc = collect(&in->world->env.shape, &merge.base, &merged, &err);
+    three.merge.balance = true;
+    if (!rc)
+        rc = collect(&in->world->env.shape, &three.merge.base, &merged, &err);
     FUZZ_CHECK(rc == KVMETA_OK, "cannot be merged: %s", err.message);
     check_same(all, 0, all->count, &merged, "merge");
     kv_digest_add(&twice, t->sum);
-    FUZZ_CHECK(kv_digest_equal(twice, merge.shadowed),
+    FUZZ_CHECK(kv_digest_equal(twice, three.merge.shadowed),
                "the merge does not balance");
-    kv_merge_close(&merge);
-    for (int i = 0; i < 3; i++) kv_table_input_close(&tables[i]);
+    kv_inputs_close(&in->world->env, &three);
     free(merged.bytes);
 }
 
