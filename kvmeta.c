@@ -3287,17 +3287,6 @@ static int kv_load_node(struct kv_tree *t, uint32_t level,
     return KVMETA_OK;
 }
 
-/* Copies n bytes, most often a few words: these not by a call. */
-static void kv_copy(void *to, const void *from, size_t n)
-{
-    if (n == 8)
-        memcpy(to, from, 8);
-    else if (n == 16)
-        memcpy(to, from, 16);
-    else if (n > 0)
-        memcpy(to, from, n);
-}
-
 /* Keys must ascend. head: of the key; the value stands behind the key. */
 static int kv_loader_add(struct kv_loader *loader, uint64_t head,
                          const unsigned char *key, struct kvmeta_error *err)
