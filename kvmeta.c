@@ -1707,12 +1707,14 @@ static const unsigned char *kv_tree_find(const struct kv_tree *t,
     bool match;
     size_t i;
 
+    KV_SCHED_POINT("find");
     if (!node) return NULL;
     /* All lines of the next node at once: what the search reads of it later,
      * the child or the tail and the value, need not wait for its heads. */
     for (uint32_t level = v->height - 1; level > 0; level--) {
         node = kv_children(t, node)[kv_inner_child(t, node, p)];
         kv_node_prefetch(node, level > 1 ? t->inner.bytes : t->leaf.bytes);
+        KV_SCHED_POINT("descend");
     }
     i = kv_node_rank(t, node, node->count, p, false, &match);
     return match ? kv_value(t, node, i) : NULL;
@@ -1767,6 +1769,7 @@ static void kv_tree_descend_many(const struct kv_tree *t,
     assert(n <= KV_BATCH);
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
+        KV_SCHED_POINT("descend");
         kv_rank_many(t, probes, nodes, n, t->inner.cap_padded, ranks);
         for (size_t i = 0; i < n; i++) {
             const struct kv_node *node = nodes[i];
@@ -1776,6 +1779,7 @@ static void kv_tree_descend_many(const struct kv_tree *t,
             nodes[i] = kv_children(t, node)[ranks[i]];
         }
     }
+    KV_SCHED_POINT("find");
     kv_rank_many(t, probes, nodes, n, t->leaf.cap_padded, ranks);
 }
 
@@ -8636,8 +8640,10 @@ static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
         assert(r->n == 1);
         if (value) memcpy(r->previous, value, db->env.shape.value_bytes);
     }
-    for (size_t i = 0; i < r->n;)
+    for (size_t i = 0; i < r->n;) {
+        KV_SCHED_POINT("apply");
         i += kv_request_apply_some(db, edit, r->ops + i, r->n - i, &r->found);
+    }
     entries = db->buffer.entries - entries;
     r->changed = entries > 0;
     if (r->changed) kv_request_count(db, entries);
