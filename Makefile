@@ -160,7 +160,7 @@ $(foreach s,$(filter-out $(WHITE_SRCS),$(TEST_SRCS)), \
     $(eval $(call test_rule,$(s),$(LIB))))
 
 # The ones that run for long come first; the others fill the gaps.
-LONG    := $(filter %_crash %_rot %_fault %_model %_kill %_threads,$(TESTS))
+LONG    := $(filter %_crash %_rot %_fault %_model %_kill %_threads %_sched,$(TESTS))
 ORDERED := $(LONG) $(filter-out $(LONG),$(TESTS)) $(TEST_SCRIPTS)
 
 .PHONY: deps tests check check-long

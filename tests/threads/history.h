@@ -19,9 +19,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define GROUPS 12
-#define TICKETS_MAX 60000
-#define EVENTS_MAX 20000
+#ifndef GROUPS
+#  define GROUPS 12
+#  define TICKETS_MAX 60000
+#  define EVENTS_MAX 20000
+#endif
 #define NO_TICKET UINT32_MAX         /* this read did not look at the group */
 
 struct history_batch {
@@ -98,6 +100,12 @@ static inline void history_end(struct history *h, uint32_t ticket,
     history_ack(h, seq);
 }
 
+/* The batch changed nothing: its ticket may never be seen. */
+static inline void history_cancel(struct history *h, uint32_t ticket)
+{
+    h->batches[ticket].groups = 0;
+}
+
 static inline struct history_event *
 history_read(struct history_reader *reader, const struct history *h)
 {
@@ -132,12 +140,16 @@ static inline int history_order(const void *a, const void *b)
  * Returns what is wrong with the commit numbers themselves, or NULL. */
 static inline const char *history_close(struct history *h, uint32_t *last)
 {
-    uint32_t count = (uint32_t)atomic_load(&h->tickets), i, g;
-    struct history_batch *sorted = malloc((count + 1) * sizeof *sorted);
+    uint32_t all = (uint32_t)atomic_load(&h->tickets), count = 0, i, g;
+    struct history_batch *sorted = malloc((all + 1) * sizeof *sorted);
     uint64_t next[GROUPS];
     const char *wrong = NULL;
 
-    memcpy(sorted, h->batches, count * sizeof *sorted);
+    for (i = 0; i < all; i++) {
+        if (h->batches[i].groups != 0) {
+            sorted[count++] = h->batches[i];
+        }
+    }
     qsort(sorted, count, sizeof *sorted, history_order);
     for (g = 0; g < GROUPS; g++) {
         next[g] = UINT64_MAX;
