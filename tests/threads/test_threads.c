@@ -52,6 +52,10 @@ struct round {
     atomic_int stop;
     atomic_uint_fast64_t increments;
     struct history_reader readers[READERS];
+    /* One that all readers look at, for a while; the lock is for its end. */
+    pthread_rwlock_t old_lock;
+    kvmeta_snapshot *old;
+    struct kvmeta_digest old_digest;
     uint64_t own[WRITERS][OWN];      /* stamp of each key, 0: none */
 };
 
@@ -151,6 +155,25 @@ static unsigned durability(struct worker *w)
     return dice < 3 ? KVMETA_WRITTEN : KVMETA_BUFFERED;
 }
 
+/* The same operations by way of a batch that copies them. */
+static uint64_t commit_copy(struct worker *w, const struct kvmeta_op *ops,
+                            size_t n)
+{
+    struct round *r = w->round;
+    kvmeta_batch *batch;
+    uint64_t seq = 0;
+    size_t i;
+
+    WANT(r, kvmeta_batch_new(r->db, &batch) == KVMETA_OK);
+    for (i = 0; i < n; i++) {
+        WANT(r, kvmeta_batch_put(batch, ops[i].key, ops[i].value) ==
+                    KVMETA_OK);
+    }
+    WANT(r, kvmeta_commit(r->db, batch, durability(w), &seq) == KVMETA_OK);
+    kvmeta_batch_free(batch);
+    return seq;
+}
+
 /* One ticket in every key of one to three groups. */
 static void write_groups(struct worker *w)
 {
@@ -178,7 +201,11 @@ static void write_groups(struct worker *w)
             ops[n].value = values[n];
         }
     }
-    WANT(r, kvmeta_write(r->db, ops, n, durability(w), &seq) == KVMETA_OK);
+    if (test_rng_below(&w->rng, 2)) {
+        WANT(r, kvmeta_write(r->db, ops, n, durability(w), &seq) == KVMETA_OK);
+    } else {
+        seq = commit_copy(w, ops, n);
+    }
     history_end(&r->history, ticket, seq);
 }
 
@@ -275,8 +302,20 @@ static void read_one(struct worker *w, struct history_event *event)
     unsigned char key[KEY], value[VALUE];
 
     make_key(r, number, key);
+    WANT(r, kvmeta_has(r->db, key) == KVMETA_OK);
     WANT(r, kvmeta_get(r->db, key, value) == KVMETA_OK);
     enter(r, event, number, value);
+}
+
+/* What stands beside the records: changed in place, too. */
+static void read_sums(struct worker *w)
+{
+    struct round *r = w->round;
+    uint64_t count = kvmeta_count(r->db);
+    struct kvmeta_digest digest = kvmeta_digest(r->db);
+
+    WANT(r, count >= SHARED && count <= SHARED + 1 + WRITERS * OWN);
+    WANT(r, digest.lo != 0 || digest.hi != 0);
 }
 
 static void read_many(struct worker *w, struct history_event *event,
@@ -356,6 +395,51 @@ static void read_snapshot(struct worker *w, struct history_event *event)
     kvmeta_snapshot_release(snapshot);
 }
 
+/* Another snapshot for all to look at. */
+static void renew_old(struct worker *w)
+{
+    struct round *r = w->round;
+
+    pthread_rwlock_wrlock(&r->old_lock);
+    kvmeta_snapshot_release(r->old);
+    WANT(r, kvmeta_snapshot_take(r->db, &r->old) == KVMETA_OK);
+    r->old_digest = kvmeta_snapshot_digest(r->old);
+    pthread_rwlock_unlock(&r->old_lock);
+}
+
+/* Backwards through a snapshot that others look at, too, and that has seen
+ * flushes and compactions: all groups are whole, and the sums are the same. */
+static void read_old(struct worker *w)
+{
+    struct round *r = w->round;
+    struct history_event groups;
+    struct kvmeta_digest digest;
+    unsigned char key[KEY];
+    kvmeta_cursor *cursor;
+    uint64_t number, count = 0;
+    int rc;
+
+    memset(&groups, 0xff, sizeof groups);       /* NO_TICKET in each */
+    pthread_rwlock_rdlock(&r->old_lock);
+    WANT(r, kvmeta_cursor_open(r->old, &cursor) == KVMETA_OK);
+    make_key(r, COUNTER, key);
+    for (rc = kvmeta_cursor_seek_le(cursor, key); rc == KVMETA_OK;
+         rc = kvmeta_cursor_prev(cursor), count++) {
+        number = key_number(r, kvmeta_cursor_key(cursor));
+        if (number % 64 == 0 && number < COUNTER) {
+            enter(r, &groups, number, kvmeta_cursor_value(cursor));
+        }
+    }
+    /* The counter is the last key of all. */
+    WANT(r, rc == KVMETA_NOT_FOUND && count == kvmeta_snapshot_count(r->old));
+    WANT(r, kvmeta_cursor_seek(cursor, key) == KVMETA_OK);
+    WANT(r, kvmeta_cursor_next(cursor) == KVMETA_NOT_FOUND);
+    digest = kvmeta_snapshot_digest(r->old);
+    WANT(r, digest.lo == r->old_digest.lo && digest.hi == r->old_digest.hi);
+    kvmeta_cursor_close(cursor);
+    pthread_rwlock_unlock(&r->old_lock);
+}
+
 static void *run_reader(void *arg)
 {
     struct worker *w = arg;
@@ -363,6 +447,13 @@ static void *run_reader(void *arg)
     struct history_event *event;
 
     while (!atomic_load(&r->stop)) {
+        if (test_rng_below(&w->rng, 16) == 0) {
+            read_sums(w);
+            read_old(w);
+        }
+        if (test_rng_below(&w->rng, 256) == 0) {
+            renew_old(w);
+        }
         event = history_read(&r->readers[w->number], &r->history);
         if (event == NULL) {
             break;
@@ -512,6 +603,9 @@ static void round_threads(struct round *r, long ms)
     void *(*fn)(void *);
     int i;
 
+    WANT(r, pthread_rwlock_init(&r->old_lock, NULL) == 0);
+    WANT(r, kvmeta_snapshot_take(r->db, &r->old) == KVMETA_OK);
+    r->old_digest = kvmeta_snapshot_digest(r->old);
     for (i = 0; i < WRITERS + READERS + 1; i++) {
         workers[i].round = r;
         workers[i].rng.state = test_rng_u64(&r->rng);
@@ -525,6 +619,8 @@ static void round_threads(struct round *r, long ms)
     for (i = 0; i < WRITERS + READERS + 1; i++) {
         pthread_join(threads[i], NULL);
     }
+    kvmeta_snapshot_release(r->old);
+    pthread_rwlock_destroy(&r->old_lock);
 }
 
 /* What the store must hold in the end, also after a restart. */
