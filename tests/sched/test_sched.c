@@ -64,7 +64,7 @@ static struct records shapes[] = {
 
 /* What one worker has done; in memory that the parent sees. */
 struct tally {
-    uint64_t schedules[2];               /* by kind */
+    uint64_t schedules[TURN_KINDS];      /* by kind */
     uint64_t points;
     uint64_t switches;
     uint64_t timeouts;
@@ -444,10 +444,13 @@ static void add_up(struct tally *sum, const struct tally *t, unsigned workers)
 
 static void print_tally(const struct tally *t)
 {
-    printf("# %llu schedules (%llu walk, %llu pct), %llu points, %llu "
-           "switches, %llu time-outs, %llu locks found taken\n",
-           NUMBER(t->schedules[0] + t->schedules[1]),
-           NUMBER(t->schedules[TURN_WALK]), NUMBER(t->schedules[TURN_PCT]),
+    const uint64_t *kinds = t->schedules;
+
+    printf("# %llu schedules (%llu walk, %llu pct, %llu focus), %llu points, "
+           "%llu switches, %llu time-outs, %llu locks found taken\n",
+           NUMBER(kinds[TURN_WALK] + kinds[TURN_PCT] + kinds[TURN_FOCUS]),
+           NUMBER(kinds[TURN_WALK]), NUMBER(kinds[TURN_PCT]),
+           NUMBER(kinds[TURN_FOCUS]),
            NUMBER(t->points), NUMBER(t->switches), NUMBER(t->timeouts),
            NUMBER(t->contended));
     printf("# %llu commits, %llu conflicts, %llu reads checked, %llu crashes "
@@ -465,6 +468,7 @@ static void print_tally(const struct tally *t)
 static void check_tally(const struct tally *t)
 {
     assert_true(t->schedules[TURN_WALK] > 0 && t->schedules[TURN_PCT] > 0);
+    assert_true(t->schedules[TURN_FOCUS] > 0);
     assert_true(t->timeouts > 0 && t->contended > 0);
     assert_true(t->conflicts > 0 && t->crashes > 0);
     assert_true(t->groups_shared > 0 && t->handovers > 0);

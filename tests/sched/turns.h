@@ -5,7 +5,7 @@
  * caller may rely on, and in nothing else: a woken thread may find the lock
  * taken, a signal may reach any of those who wait, a wait may end for nothing.
  *
- * There are two kinds of schedules:
+ * There are three kinds of schedules:
  *
  *   walk  at each point the running thread loses its turn with a probability
  *         that is fixed for the schedule (one in `gap`); who follows is drawn
@@ -17,6 +17,9 @@
  *         threads and k points: S. Burckhardt, P. Kothari, M. Musuvathi and
  *         S. Nagarakatte, "A randomized scheduler with probabilistic
  *         guarantees of finding bugs", ASPLOS 2010.
+ *   focus a walk with few switches, but for the points of one name in eight:
+ *         there every other one is a switch. Two threads that must both be
+ *         stopped at the same few lines are, now and then.
  *
  * Time is virtual: it goes on a little at each point, and where nobody can
  * run it jumps to the next time-out. No thread that can run, and no time-out
@@ -70,7 +73,7 @@ enum turn_grain {
     TURN_COPY                        /* copies of memory */
 };
 
-enum turn_kind { TURN_WALK, TURN_PCT };
+enum turn_kind { TURN_WALK, TURN_PCT, TURN_FOCUS, TURN_KINDS };
 
 enum turn_state {
     TURN_FREE,
@@ -102,6 +105,7 @@ struct turns {
     enum turn_kind kind;
     enum turn_grain grain;
     uint64_t gap;                    /* walk: mean points of a turn */
+    uint32_t focus;                  /* which names are in focus */
     int spurious;                    /* waits may end for nothing */
     uint64_t step_ns;
     uint64_t points_max;
@@ -287,7 +291,7 @@ static unsigned turn_pick_pct(void)
 /* but_self: another one if there is any. TURN_THREADS_MAX: nobody can run. */
 static unsigned turn_pick(int but_self)
 {
-    if (turns.kind == TURN_WALK) return turn_pick_walk(but_self);
+    if (turns.kind != TURN_PCT) return turn_pick_walk(but_self);
     if (but_self) turns.threads[turns.current].priority = --turns.lowest;
     return turn_pick_pct();
 }
@@ -297,7 +301,7 @@ static void turn_plan(void)
 {
     uint64_t next;
 
-    if (turns.kind == TURN_WALK) {
+    if (turns.kind != TURN_PCT) {
         next = turns.points + 1 + test_rng_below(&turns.rng,
                                                  2 * turns.gap - 1);
     } else {
@@ -352,6 +356,17 @@ static void turn_decide(void)
     turn_pass(turn_pick(change && turns.kind == TURN_PCT));
 }
 
+static int turn_in_focus(const char *name)
+{
+    uint32_t hash = turns.focus;
+
+    if (turns.kind != TURN_FOCUS) return 0;
+    for (; *name != '\0'; name++) {
+        hash = (hash ^ (unsigned char)*name) * 16777619u;
+    }
+    return hash >> 29 == 0 && test_rng_below(&turns.rng, 2);
+}
+
 /* A place where another thread may go on. */
 static void turn_point(enum turn_grain grain, const char *what)
 {
@@ -363,7 +378,7 @@ static void turn_point(enum turn_grain grain, const char *what)
         turn_expire();
         turn_reconsider();
     }
-    if (turns.points >= turns.next) turn_decide();
+    if (turns.points >= turns.next || turn_in_focus(what)) turn_decide();
 }
 
 /* The running thread can do nothing until others have run. */
@@ -660,9 +675,11 @@ static void turn_begin(uint64_t seed, uint64_t points_max)
         turns.threads[i].state = TURN_FREE;
     }
     turns.rng.state = seed;
-    turns.kind = test_rng_below(&turns.rng, 2) ? TURN_PCT : TURN_WALK;
+    turns.kind = (enum turn_kind)test_rng_below(&turns.rng, TURN_KINDS);
     turns.grain = (enum turn_grain)test_rng_below(&turns.rng, 3);
     turns.gap = gaps[test_rng_below(&turns.rng, 4)];
+    if (turns.kind == TURN_FOCUS) turns.gap = 200;
+    turns.focus = (uint32_t)test_rng_u64(&turns.rng);
     turns.spurious = test_rng_below(&turns.rng, 4) == 0;
     turns.step_ns = steps_ns[test_rng_below(&turns.rng, 3)];
     turns.points_max = points_max;
@@ -672,7 +689,7 @@ static void turn_begin(uint64_t seed, uint64_t points_max)
     turns.alarm_ns = UINT64_MAX;
     turns.lowest = 0;
     turn_draw_changes();
-    if (turns.kind == TURN_WALK) turns.change_count = 0;
+    if (turns.kind != TURN_PCT) turns.change_count = 0;
     turns.off = 0;
     turns.current = 0;
     turns.count = 1;
@@ -695,7 +712,9 @@ static void turn_end(void)
 
 static const char *turn_kind_name(void)
 {
-    return turns.kind == TURN_PCT ? "pct" : "walk";
+    static const char *const names[] = {"walk", "pct", "focus"};
+
+    return names[turns.kind];
 }
 
 static const char *turn_grain_name(void)
