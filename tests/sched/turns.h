@@ -26,7 +26,7 @@
  * either, is a deadlock; more points than the limit is a livelock.
  *
  * Threads are contexts on stacks of their own within one thread of the
- * system, since a switch by way of the kernel would cost fifty times as much.
+ * system, since a switch by way of the kernel would cost far more than this.
  * So thread-local variables are shared, and all of memory is seen at once: of
  * weak ordering this shows nothing, ThreadSanitizer does.
  *
@@ -64,7 +64,8 @@
 #define TURN_THREADS_MAX 12
 #define TURN_STACK_BYTES ((size_t)256 << 10)
 #define TURN_CHANGES_MAX 8
-#define TURN_SPIN_MAX 4000           /* points in a row of one thread (pct) */
+#define TURN_SPIN_MAX 4000           /* points of a thread without a wait */
+#define TURN_SKIP_MAX 20000          /* that are none in this schedule */
 
 /* What counts as a point: each kind includes those before it. */
 enum turn_grain {
@@ -93,6 +94,7 @@ struct turn_thread {
     uint64_t deadline_ns;            /* of a wait; UINT64_MAX: none */
     int timed_out;
     int64_t priority;                /* pct */
+    uint64_t ran;                    /* points since it last gave way */
     void *(*fn)(void *);
     void *arg;
     void *fake_stack;                /* AddressSanitizer's */
@@ -113,7 +115,7 @@ struct turns {
     struct test_rng rng;
     uint64_t points;
     uint64_t next;                   /* the point of the next decision */
-    uint64_t since;                  /* ... of the last switch */
+    uint64_t skipped;                /* finer ones since the last point */
     uint64_t switches;
     uint64_t timeouts;
     uint64_t contended;              /* locks that were taken */
@@ -185,7 +187,6 @@ static void turn_switch(unsigned to)
 
     if (to == turns.current) return;
     turns.switches++;
-    turns.since = turns.points;
     turns.current = to;
     turn_leave_stack(from, next);
     swapcontext(&from->context, &next->context);
@@ -292,7 +293,10 @@ static unsigned turn_pick_pct(void)
 static unsigned turn_pick(int but_self)
 {
     if (turns.kind != TURN_PCT) return turn_pick_walk(but_self);
-    if (but_self) turns.threads[turns.current].priority = --turns.lowest;
+    if (but_self) {
+        turns.threads[turns.current].priority = --turns.lowest;
+        turns.threads[turns.current].ran = 0;
+    }
     return turn_pick_pct();
 }
 
@@ -352,7 +356,7 @@ static void turn_decide(void)
         change = 1;
     }
     /* A thread that spins until another one has done something. */
-    if (turns.points - turns.since >= TURN_SPIN_MAX) change = 1;
+    if (turns.threads[turns.current].ran >= TURN_SPIN_MAX) change = 1;
     turn_pass(turn_pick(change && turns.kind == TURN_PCT));
 }
 
@@ -367,20 +371,6 @@ static int turn_in_focus(const char *name)
     return hash >> 29 == 0 && test_rng_below(&turns.rng, 2);
 }
 
-/* A place where another thread may go on. */
-static void turn_point(enum turn_grain grain, const char *what)
-{
-    if (!turns.running || turns.off || grain > turns.grain) return;
-    turns.points++;
-    turns.now_ns += turns.step_ns;
-    turn_trace(what);
-    if (turns.now_ns >= turns.alarm_ns) {
-        turn_expire();
-        turn_reconsider();
-    }
-    if (turns.points >= turns.next || turn_in_focus(what)) turn_decide();
-}
-
 /* The running thread can do nothing until others have run. */
 static void turn_yield(const char *what)
 {
@@ -393,6 +383,35 @@ static void turn_yield(const char *what)
     turn_pass(turn_pick(1));
 }
 
+/* A place that is too fine for this schedule. A thread that only comes by
+ * such places may be spinning, without a word, until another one has run. */
+static void turn_skip(const char *what)
+{
+    if (++turns.skipped < TURN_SKIP_MAX) return;
+    turns.skipped = 0;
+    turn_yield(what);
+}
+
+/* A place where another thread may go on. */
+static void turn_point(enum turn_grain grain, const char *what)
+{
+    if (!turns.running || turns.off) return;
+    if (grain > turns.grain) {
+        turn_skip(what);
+        return;
+    }
+    turns.skipped = 0;
+    turns.points++;
+    turns.threads[turns.current].ran++;
+    turns.now_ns += turns.step_ns;
+    turn_trace(what);
+    if (turns.now_ns >= turns.alarm_ns) {
+        turn_expire();
+        turn_reconsider();
+    }
+    if (turns.points >= turns.next || turn_in_focus(what)) turn_decide();
+}
+
 /* The running thread's state says that it cannot run. Returns once it has
  * been made ready, and has its turn. */
 static void turn_block(void)
@@ -400,6 +419,7 @@ static void turn_block(void)
     unsigned next;
 
     turns.points++;
+    turns.threads[turns.current].ran = 0;
     if (turns.points > turns.points_max) turn_fail("livelock");
     next = turn_pick(0);
     if (next == TURN_THREADS_MAX && turns.alarm_ns != UINT64_MAX) {
@@ -583,6 +603,7 @@ static void turn_thread_start(struct turn_thread *thread, void *(*fn)(void *),
 {
     thread->state = TURN_READY;
     thread->on = NULL;
+    thread->ran = 0;
     thread->fn = fn;
     thread->arg = arg;
     thread->priority =
@@ -684,7 +705,7 @@ static void turn_begin(uint64_t seed, uint64_t points_max)
     turns.step_ns = steps_ns[test_rng_below(&turns.rng, 3)];
     turns.points_max = points_max;
     turns.points = turns.switches = turns.timeouts = turns.contended = 0;
-    turns.since = 0;
+    turns.skipped = 0;
     turns.now_ns = (uint64_t)1000 * 1000000000u;
     turns.alarm_ns = UINT64_MAX;
     turns.lowest = 0;
