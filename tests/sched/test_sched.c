@@ -9,11 +9,18 @@
  *   --ops A,B,C,D,E   operations of each thread at most: two writers, two
  *                     readers, the host
  *   --order N         of the turns, for one seed; default 0
+ *   --orders N        so many orders for each seed, from --order on
+ *   --host N          the host's only kind of operation; see run_host
+ *   --shrink 0        leave a failure as it is
  *   --trace 1         print every point
  *   --workers N       processes; default: one a core
  *
  * SPDX-License-Identifier: MIT
  */
+#if defined(__APPLE__)
+#  define _XOPEN_SOURCE 700              /* <ucontext.h> wants it */
+#  define _DARWIN_C_SOURCE 1
+#endif
 #ifndef _GNU_SOURCE
 #  define _GNU_SOURCE                    /* what kvmeta.c wants */
 #endif
