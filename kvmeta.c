@@ -8505,6 +8505,8 @@ static void *kv_worker_main(void *arg)
     return NULL;
 }
 
+static bool kv_idle(struct kvmeta *db, uint64_t unused);
+
 /*
  * Waits until `over` says so, doing the work itself where there is no thread.
  * Ends with the error of the first step that fails meanwhile.
@@ -8524,7 +8526,11 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
             rc = kv_step_once(db, &did);
             if (rc < 0 && !(rc == KVMETA_E_CORRUPT && db->heal_wanted))
                 return rc;
-            if (!did && !over(db, target)) return KVMETA_E_FAILED;
+            /* That nothing was to be done is idle, whatever others have
+             * brought up since. */
+            if (!did && (over == kv_idle || over(db, target)))
+                return KVMETA_OK;
+            if (!did) return KVMETA_E_FAILED;
             continue;
         }
         pthread_mutex_lock(&db->state_lock);

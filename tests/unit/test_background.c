@@ -213,6 +213,66 @@ static void wait_idle_waits_for_all_of_it(struct unit *u)
     unit_close(db);
 }
 
+/* A clock that writers make use of: what it does when it is asked, from the
+ * first time on; then only the time goes by. */
+struct busy_clock {
+    struct kvmeta_vfs vfs;
+    kvmeta *db;
+    const char *script;              /* '.' nothing, 's' sync, 'p' put */
+    uint64_t now_ns;
+    uint64_t puts;
+};
+
+static struct busy_clock busy_clock;
+
+static uint64_t busy_clock_ns(void *user)
+{
+    char what = busy_clock.script[0];
+    uint64_t key = busy_clock.puts;
+
+    (void)user;
+    if (what == '\0') return busy_clock.now_ns;
+    if (what == 'p') {
+        busy_clock.script = "";      /* the put asks for the time, too */
+        busy_clock.puts++;
+        unit_fill(busy_clock.db, key, key + 1, 0, KVMETA_BUFFERED);
+    } else if (what == 's') {
+        const char *rest = busy_clock.script + 1;
+
+        busy_clock.script = "";
+        unit_ok(kvmeta_sync(busy_clock.db));
+        busy_clock.script = rest;
+    } else {
+        busy_clock.script++;
+    }
+    return busy_clock.now_ns += 10000000;
+}
+
+/* Goal: without a thread wait_idle does not fail because a writer has done
+ * the work that was due, and has brought up some more, meanwhile. Method: the
+ * clock is asked before each look at what is due; then a sync takes that
+ * work away, and a put makes it due again. Found by tests/sched. */
+static void wait_idle_does_not_fail_beside_a_writer(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+
+    busy_clock.vfs = *kvmeta_vfs_posix();
+    busy_clock.vfs.clock_ns = busy_clock_ns;
+    busy_clock.now_ns = 1000000000;
+    busy_clock.script = "";
+    busy_clock.puts = 1;
+    options.flags = KVMETA_NO_THREAD;
+    options.sync_interval_ms = 1;
+    options.vfs = &busy_clock.vfs;
+    busy_clock.db = unit_open(u, &options);
+    unit_fill(busy_clock.db, 0, 1, 0, KVMETA_BUFFERED);
+    busy_clock.script = ".sp";
+    unit_ok(kvmeta_wait_idle(busy_clock.db));
+    busy_clock.script = "";
+    unit_holds(busy_clock.db, 0, busy_clock.puts, 0);
+    unit_close(busy_clock.db);
+}
+
 /* --------------------------------------------------------------------------
  * Back-pressure and the brake
  * -------------------------------------------------------------------------- */
@@ -510,6 +570,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(space_amp_max_is_kept),
     UNIT_CASE(step_does_the_work_of_the_thread),
     UNIT_CASE(wait_idle_waits_for_all_of_it),
+    UNIT_CASE(wait_idle_does_not_fail_beside_a_writer),
     UNIT_CASE(writers_wait_for_a_slow_background),
     UNIT_CASE(compaction_bytes_per_s_is_a_brake),
     UNIT_CASE(a_damaged_table_is_healed_from_memory),
