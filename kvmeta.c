@@ -4589,8 +4589,10 @@ static uint32_t kv_block_records_max(const struct kv_shape *shape)
     uint64_t room = KV_BLOCK_RAW_MAX - (shape->record_bytes + 3) / 4;
     uint64_t n = room * 8 / ((uint64_t)shape->record_bytes * 8 + 1);
 
-    if (!kv_block_has_planes(n))
-        n = KV_BLOCK_RAW_MAX * 8ull / ((uint64_t)shape->record_bytes * 8 + 1);
+    if (!kv_block_has_planes(n))  /* no modes: room for one more, perhaps */
+        n = kv_min(KV_BLOCK_PLANES_MIN - 1,
+                   KV_BLOCK_RAW_MAX * 8ull
+                       / ((uint64_t)shape->record_bytes * 8 + 1));
     if (n > 1 && kv_block_raw_bytes(shape, n, 1) > KV_BLOCK_RAW_MAX) n--;
     n = kv_max(n, 1);
     assert(kv_block_raw_bytes(shape, n, 0) <= KV_BLOCK_RAW_MAX);

@@ -281,7 +281,8 @@ static inline size_t fix_manifest(uint8_t *data, size_t bytes, int level)
         size_t n = level >= FIX_ALL
             ? fix_manifest_bytes(data + at, bytes - at) : 0;
 
-        if (at > 0 && first > 0 && n == first) memcpy(data + at, data, first);
+        /* Images longer than the stride overlap. */
+        if (at > 0 && first > 0 && n == first) memmove(data + at, data, first);
         if (n == 0 && bytes - at >= 16) n = kv_load_le32(data + at + 12);
         if (n < kv_manifest_image_bytes(0, 0) || n > bytes - at) continue;
         if (level >= FIX_ALL) kv_store_le32(data + at + 12, (uint32_t)n);

@@ -108,6 +108,36 @@ static void compact_leaves_one_table_without_tombstones(struct unit *u)
     check_compact(u, KVMETA_NO_THREAD);
 }
 
+/* Goal: tables take records of every width. Found by the fuzzer: with 2,041 to
+ * 2,047 bytes a block got 64 records, the fewest that are stored by column,
+ * which needs more room than there was. */
+static void tables_take_records_whose_blocks_are_just_columns(struct unit *u)
+{
+    static unsigned char key[8], value[2040];
+    struct test_rng rng = {test_args.seed};
+    struct kvmeta_digest digest;
+    uint32_t bytes;
+
+    for (bytes = 2032; bytes <= 2040; bytes++) {
+        struct kvmeta_options options = unit_options(u, 8, bytes);
+        kvmeta *db = unit_open(u, &options);
+        uint64_t i;
+
+        for (i = 0; i < 130; i++) {
+            unit_key(8, i, key);
+            test_rng_bytes(&rng, value, bytes);
+            unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+        }
+        digest = kvmeta_digest(db);
+        unit_ok(kvmeta_compact(db));
+        unit_close(db);
+        db = unit_open(u, &options);
+        unit_same_digest(kvmeta_digest(db), digest);
+        unit_close(db);
+        unit_remove_tree(u->dir);
+    }
+}
+
 /* Goal: adjacent tables of like size are merged: their number stays small,
  * the records what they were. */
 static void tables_of_like_size_are_merged(struct unit *u)
@@ -566,6 +596,7 @@ static void close_does_not_wait_for_the_backlog(struct unit *u)
 static struct unit_case cases[] = {
     UNIT_CASE(flush_moves_the_log_into_a_table),
     UNIT_CASE(compact_leaves_one_table_without_tombstones),
+    UNIT_CASE(tables_take_records_whose_blocks_are_just_columns),
     UNIT_CASE(tables_of_like_size_are_merged),
     UNIT_CASE(space_amp_max_is_kept),
     UNIT_CASE(step_does_the_work_of_the_thread),

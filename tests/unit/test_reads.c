@@ -299,6 +299,87 @@ static void keys_without_values_take_null(struct unit *u)
     unit_close(db);
 }
 
+/* --------------------------------------------------------------------------
+ * Puts that wait for company
+ * -------------------------------------------------------------------------- */
+
+static void want_everywhere(kvmeta *db, uint64_t number, uint64_t content)
+{
+    unsigned char keys[16], value[8], values[16], found[2];
+    kvmeta_snapshot *snapshot = NULL;
+
+    unit_key(8, number, keys);
+    unit_key(8, UINT64_MAX, keys + 8);
+    unit_value(8, content, value);
+    unit_ok(kvmeta_get(db, keys, values));
+    assert_memory_equal(values, value, 8);
+    unit_ok(kvmeta_get_many(db, keys, 2, values, found));
+    assert_true(found[0] == 1 && found[1] == 0);
+    assert_memory_equal(values, value, 8);
+    unit_ok(kvmeta_snapshot_take(db, &snapshot));
+    unit_ok(kvmeta_snapshot_get(snapshot, keys, values));
+    assert_memory_equal(values, value, 8);
+    kvmeta_snapshot_release(snapshot);
+}
+
+/* Goal: a buffered put is seen by every kind of read as soon as it returns,
+ * however many wait beside it, and the last of several on one key counts.
+ * Method: every number of puts up to more than are kept back, each followed by
+ * the reads that do not disturb them, and at the end by those that do. */
+static void buffered_puts_are_seen_at_once(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char key[8], value[8], got[8];
+    uint64_t puts, i, salt = 0;
+
+    for (puts = 1; puts <= 70; puts++) {
+        salt += 1000;
+        unit_fill(db, 0, puts, salt, KVMETA_BUFFERED);
+        unit_holds(db, 0, puts, salt);
+        unit_key(8, puts / 2, key);
+        unit_value(8, 7 * salt, value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+        unit_ok(kvmeta_get(db, key, got));
+        assert_memory_equal(got, value, 8);
+        want_everywhere(db, puts / 2, 7 * salt);
+        assert_int_equal(kvmeta_count(db), puts);
+    }
+    for (i = 0; i < 5; i++) {                   /* some wait again */
+        unit_fill(db, 1000 + i, 1001 + i, 0, KVMETA_BUFFERED);
+        unit_key(8, 1000 + i, key);
+        unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+        unit_is(kvmeta_get(db, key, got), KVMETA_NOT_FOUND);
+    }
+    unit_close(db);
+}
+
+/* Goal: a snapshot does not see later puts, also when nothing but such puts
+ * has happened since it was taken. */
+static void a_snapshot_does_not_see_puts_that_wait(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    kvmeta_snapshot *snapshots[40];
+    unsigned char key[8], got[8], value[8];
+    uint64_t i;
+
+    unit_key(8, 1, key);
+    for (i = 0; i < 40; i++) {
+        unit_fill(db, 1, 2, i, KVMETA_BUFFERED);
+        unit_ok(kvmeta_snapshot_take(db, &snapshots[i]));
+    }
+    unit_fill(db, 1, 2, 40, KVMETA_BUFFERED);
+    for (i = 0; i < 40; i++) {
+        unit_ok(kvmeta_snapshot_get(snapshots[i], key, got));
+        unit_value(8, 1 + i, value);
+        assert_memory_equal(got, value, 8);
+        assert_true(kvmeta_snapshot_seq(snapshots[i]) == i + 1);
+        kvmeta_snapshot_release(snapshots[i]);
+    }
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(get_many_keeps_the_places_of_missing_keys),
     UNIT_CASE(scan_sees_its_range_in_order),
@@ -307,6 +388,8 @@ static struct unit_case cases[] = {
     UNIT_CASE(digest_changes_with_every_record),
     UNIT_CASE(widths_at_their_edges_work),
     UNIT_CASE(keys_without_values_take_null),
+    UNIT_CASE(buffered_puts_are_seen_at_once),
+    UNIT_CASE(a_snapshot_does_not_see_puts_that_wait),
 };
 
 UNIT_MAIN(cases)
