@@ -3121,7 +3121,7 @@ static void kv_cursor_init(const struct kv_tree *t,
 }
 
 /* Assembles the key of the record on which the cursor stands. */
-static bool kv_cursor_stand(struct kv_cursor *c)
+static inline bool kv_cursor_stand(struct kv_cursor *c)
 {
     const struct kv_tree *t = c->tree;
     const struct kv_node *leaf = c->path.nodes[0];
@@ -3130,10 +3130,8 @@ static bool kv_cursor_stand(struct kv_cursor *c)
 
     assert(i < leaf->count);
     kv_store_be64(c->key, (uint64_t)kv_heads(leaf)[i] ^ (uint64_t)1 << 63);
-    if (tail_bytes == 8)          /* the usual widths: no call of memcpy */
-        memcpy(c->key + 8, kv_tail(t, leaf, i), 8);
-    else if (tail_bytes)
-        memcpy(c->key + 8, kv_tail(t, leaf, i), tail_bytes);
+    kv_copy(c->key + 8, kv_node_at(leaf, t->leaf.tail_off) + i * tail_bytes,
+            tail_bytes);
     c->valid = true;
     return true;
 }
@@ -9055,7 +9053,7 @@ static int kv_options_normalize(const struct kvmeta_options *from,
                        "option zstd_level: %d, want -7..19",
                        (int)o->zstd_level);
     if (o->zstd_level == 0) o->zstd_level = 3;
-    if (o->space_amp_max == 0) o->space_amp_max = 2;
+    if (o->space_amp_max == 0) o->space_amp_max = 1.4;
     if (!(o->space_amp_max >= 1.05 && o->space_amp_max <= 100))
         return kv_fail(err, KVMETA_E_INVALID, 0,
                        "option space_amp_max: want 1.05..100");
