@@ -212,12 +212,16 @@ coverage:
 # Static checks, benchmarks, fuzzing
 # ---------------------------------------------------------------------------
 
-.PHONY: lint bench deps-bench bench-peers bench-check fuzz fuzz-all
+.PHONY: lint bench deps-bench bench-peers bench-check rot-compare fuzz \
+    fuzz-all
 lint: all $(EXAMPLES)
 	@BUILD='$(BUILD)' CC='$(CC)' tests/lint/test_lint.sh --full
 
 bench deps-bench bench-peers bench-check:
 	@$(MAKE) --no-print-directory -C tests/bench $@
+
+rot-compare:
+	@$(MAKE) --no-print-directory -C tests/rot/compare $@
 
 fuzz fuzz-all:
 	@$(MAKE) --no-print-directory -C fuzz $@
@@ -242,6 +246,7 @@ help:
 	  'make coverage        lines and branches that the tests reach' \
 	  'make lint            gcc, clang, analysers, sizes of functions' \
 	  'make bench           benchmarks; bench-peers: beside other stores' \
+	  'make rot-compare     the same damage to kvmeta and to other stores' \
 	  'make fuzz T=ops SECONDS=60   one fuzzer; fuzz-all: each of them' \
 	  'make install         to PREFIX=$(PREFIX), below DESTDIR' \
 	  'make clean'
