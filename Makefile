@@ -155,6 +155,12 @@ $(BUILD)/tests/$(basename $(notdir $(1))): $(BUILD)/$(1:.c=.o) \
 	$$(call say,link,$$@)
 	$$(Q)$$(LINK) $$^ $$(CMOCKA_LIBS) $$(LIBS) -lm -o $$@
 endef
+# What tests/real/test_strace.sh runs.
+REAL_WORKER := $(BUILD)/tests/real_worker
+$(REAL_WORKER): $(BUILD)/tests/real/worker.o $(SUPPORT_LIB) $(LIB)
+	$(call say,link,$@)
+	$(Q)$(LINK) $^ $(LIBS) -o $@
+
 $(foreach s,$(WHITE_SRCS),$(eval $(call test_rule,$(s),)))
 $(foreach s,$(filter-out $(WHITE_SRCS),$(TEST_SRCS)), \
     $(eval $(call test_rule,$(s),$(LIB))))
@@ -167,13 +173,13 @@ ORDERED := $(LONG) $(filter-out $(LONG),$(TESTS)) $(TEST_SCRIPTS)
 deps:
 	@CC='$(CC)' tests/deps
 
-tests: $(TESTS)
+tests: $(TESTS) $(REAL_WORKER)
 
 # One program, or a few: make check T='test_tree test_log'
 CHOSEN = $(if $(T),$(filter $(addprefix %/,$(T) $(T:=.sh)),$(ORDERED)), \
     $(ORDERED))
 
-check: all $(filter $(TESTS),$(CHOSEN)) $(EXAMPLES)
+check: all $(filter $(TESTS),$(CHOSEN)) $(EXAMPLES) $(REAL_WORKER)
 	@BUILD='$(BUILD)' CC='$(CC)' tests/run --scale $(SCALE) $(CHOSEN)
 
 check-long:
