@@ -92,6 +92,129 @@ static void a_full_disk_fails_the_write_and_loses_nothing(struct unit *u)
     assert_int_equal(umount(mount_at), 0);
 }
 
+/* Takes all the room that is left, up to the last page. */
+static void fill_disk(const char *path)
+{
+    static const char page[4096];
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+    assert_true(fd >= 0);
+    while (write(fd, page, sizeof page) > 0) {
+        /* Until there is no more. */
+    }
+    assert_int_equal(errno, ENOSPC);
+    close(fd);
+}
+
+/* Puts numbers from <= i < to, with values that cannot be compressed. */
+static void put_noise(kvmeta *db, uint64_t from, uint64_t to)
+{
+    static unsigned char value[1000];
+    unsigned char key[8];
+
+    for (; from < to; from++) {
+        struct test_rng rng = {from};
+
+        unit_key(8, from, key);
+        test_rng_bytes(&rng, value, sizeof value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_WRITTEN));
+    }
+}
+
+static void holds_noise(kvmeta *db, uint64_t count)
+{
+    static unsigned char value[1000], got[1000];
+    unsigned char key[8];
+    uint64_t i;
+
+    assert_true(kvmeta_count(db) == count);
+    for (i = 0; i < count; i++) {
+        struct test_rng rng = {i};
+
+        unit_key(8, i, key);
+        test_rng_bytes(&rng, value, sizeof value);
+        unit_ok(kvmeta_get(db, key, got));
+        assert_memory_equal(got, value, sizeof value);
+    }
+}
+
+/* Goal: a flush and a compaction for which the disk has no room say so and
+ * lose nothing, and work once there is room; the store goes on meanwhile.
+ * Method: the disk is filled to the last page before each of them. */
+static void a_full_disk_fails_the_flush_and_the_compaction(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 1000);
+    char mount_at[UNIT_PATH], filler[UNIT_PATH];
+    struct kvmeta_error err;
+    kvmeta *db;
+
+    options.flags = KVMETA_NO_THREAD;
+    mount_small(u, mount_at);
+    snprintf(filler, sizeof filler, "%s/full/filler", u->top);
+    db = unit_open(u, &options);
+    put_noise(db, 0, 300);
+    fill_disk(filler);
+    unit_is(kvmeta_flush(db), KVMETA_E_NOSPACE);
+    holds_noise(db, 300);
+    assert_int_equal(unlink(filler), 0);
+    unit_ok(kvmeta_flush(db));
+    put_noise(db, 300, 500);
+    unit_ok(kvmeta_flush(db));
+    fill_disk(filler);
+    unit_is(kvmeta_compact(db), KVMETA_E_NOSPACE);
+    unit_is(kvmeta_last_error(db, &err), KVMETA_E_NOSPACE);
+    assert_int_equal(err.sys_errno, ENOSPC);
+    holds_noise(db, 500);
+    assert_true(unit_stats(db).tables == 2);
+    assert_int_equal(unlink(filler), 0);
+    unit_ok(kvmeta_compact(db));
+    unit_ok(kvmeta_last_error(db, &err));
+    assert_true(unit_stats(db).tables == 1);
+    unit_close(db);
+    db = unit_open(u, &options);
+    holds_noise(db, 500);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+    assert_int_equal(umount(mount_at), 0);
+}
+
+/* Goal: the background thread that had no room for tables makes up for it by
+ * itself once there is some. */
+static void the_thread_goes_on_when_a_full_disk_has_room(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 1000);
+    char mount_at[UNIT_PATH], filler[UNIT_PATH];
+    unsigned char key[8], value[1000] = {0};
+    struct kvmeta_error err;
+    uint64_t deadline;
+    kvmeta *db;
+
+    options.log_bytes_max = 256 << 10;
+    mount_small(u, mount_at);
+    snprintf(filler, sizeof filler, "%s/full/filler", u->top);
+    db = unit_open(u, &options);
+    put_noise(db, 0, 200);
+    fill_disk(filler);
+    unit_is(kvmeta_flush(db), KVMETA_E_NOSPACE);
+    holds_noise(db, 200);
+    assert_int_equal(unlink(filler), 0);
+    deadline = unit_now_ms() + 20000;
+    put_noise(db, 200, 400);
+    while (kvmeta_wait_idle(db) != KVMETA_OK ||
+           kvmeta_last_error(db, &err) != KVMETA_OK) {
+        assert_true(unit_now_ms() < deadline);
+        unit_sleep_ms(20);
+    }
+    assert_true(unit_stats(db).logs_waiting == 0);
+    assert_true(unit_stats(db).flushes > 0);
+    unit_key(8, 400, key);
+    unit_ok(kvmeta_put(db, key, value, KVMETA_DURABLE));
+    unit_ok(kvmeta_remove(db, key, KVMETA_DURABLE));
+    holds_noise(db, 400);
+    unit_close(db);
+    assert_int_equal(umount(mount_at), 0);
+}
+
 /* --------------------------------------------------------------------------
  * A disk that became read-only
  * -------------------------------------------------------------------------- */
@@ -185,10 +308,76 @@ static void too_few_descriptors_fail_the_open_alone(struct unit *u)
     assert_in_range(failures, 2, 99);
 }
 
-/* In a child: writes until the log hits the limit on file size. */
-static int write_past_file_limit(void *arg)
+/* Lowers the limit to what is open now; returns what it was. */
+static struct rlimit allow_no_descriptor(void)
 {
-    struct unit *u = arg;
+    struct rlimit old, none;
+    int next = dup(0);
+
+    close(next);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &old), 0);
+    none = old;
+    none.rlim_cur = (rlim_t)next;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    return old;
+}
+
+/* Goal: a flush that gets no descriptor for its new log fails as any other
+ * rotation does: writing ends, reads go on, and the next life finds all. */
+static void too_few_descriptors_fail_the_flush_and_lose_nothing(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    struct kvmeta_error err;
+    struct rlimit old;
+    int flush, put;
+
+    unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
+    old = allow_no_descriptor();
+    flush = kvmeta_flush(db);
+    put = kvmeta_put(db, "12345678", "12345678", KVMETA_DURABLE);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
+    unit_is(flush, KVMETA_E_IO);
+    unit_is(put, KVMETA_E_FAILED);
+    unit_is(kvmeta_last_error(db, &err), KVMETA_E_IO);
+    assert_int_equal(err.sys_errno, EMFILE);
+    unit_holds(db, 0, 100, 0);
+    kvmeta_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == 100);
+    unit_holds(db, 0, 100, 0);
+    unit_fill(db, 100, 200, 0, KVMETA_DURABLE);
+    unit_close(db);
+}
+
+/* Goal: the first write of a handle, which makes a log, fails without a
+ * descriptor; nothing has changed, and the next life can write. */
+static void too_few_descriptors_fail_the_first_write(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    struct rlimit old;
+    int put;
+
+    unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
+    unit_close(db);
+    db = unit_open(u, &options);
+    old = allow_no_descriptor();
+    put = kvmeta_put(db, "12345678", "12345678", KVMETA_DURABLE);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
+    unit_is(put, KVMETA_E_IO);
+    unit_holds(db, 0, 100, 0);
+    assert_true(kvmeta_count(db) == 100);
+    kvmeta_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == 100);
+    unit_fill(db, 100, 200, 0, KVMETA_DURABLE);
+    unit_close(db);
+}
+
+/* In a child: writes until the log hits the limit on file size. */
+static int write_past_file_limit(struct unit *u, unsigned durability)
+{
     struct kvmeta_options options = unit_quiet(u);
     unsigned char key[8];
     struct rlimit limit;
@@ -203,7 +392,7 @@ static int write_past_file_limit(void *arg)
     rc = kvmeta_open(u->dir, &options, &db, NULL);
     while (rc == KVMETA_OK && count < 100000) {
         unit_key(8, count, key);
-        rc = kvmeta_put(db, key, key, KVMETA_WRITTEN);
+        rc = kvmeta_put(db, key, key, durability);
         count += rc == KVMETA_OK;
     }
     if (rc != KVMETA_E_IO && rc != KVMETA_E_NOSPACE) {
@@ -212,16 +401,26 @@ static int write_past_file_limit(void *arg)
     return count < 100 || kvmeta_count(db) != count;
 }
 
+static int write_past_it(void *u)
+{
+    return write_past_file_limit(u, KVMETA_WRITTEN);
+}
+
+static int write_past_it_durably(void *u)
+{
+    return write_past_file_limit(u, KVMETA_DURABLE);
+}
+
 /* Goal: a log that may not grow fails the write, changes nothing, and the
  * next life finds every write that was acknowledged. */
-static void a_limit_on_file_size_fails_the_write(struct unit *u)
+static void hit_file_limit(struct unit *u, int (*write_past)(void *u))
 {
     struct kvmeta_options options = unit_quiet(u);
     unsigned char key[8], got[8];
     uint64_t i;
     kvmeta *db;
 
-    assert_int_equal(unit_in_child(write_past_file_limit, u), 0);
+    assert_int_equal(unit_in_child(write_past, u), 0);
     db = unit_open(u, &options);
     assert_true(kvmeta_count(db) >= 100);
     for (i = 0; i < kvmeta_count(db); i++) {
@@ -232,11 +431,66 @@ static void a_limit_on_file_size_fails_the_write(struct unit *u)
     unit_close(db);
 }
 
+static void a_limit_on_file_size_fails_the_write(struct unit *u)
+{
+    hit_file_limit(u, write_past_it);
+}
+
+static void a_limit_on_file_size_fails_the_durable_write(struct unit *u)
+{
+    hit_file_limit(u, write_past_it_durably);
+}
+
+/* In a child, so that nothing else meets the limit. */
+static int flush_past_file_limit(void *arg)
+{
+    struct unit *u = arg;
+    struct kvmeta_options options = unit_options(u, 8, 1000);
+    struct rlimit old, small;
+    kvmeta *db;
+    int rc;
+
+    options.flags = KVMETA_NO_THREAD;
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &old);
+    small = old;
+    small.rlim_cur = 200000;
+    db = unit_open(u, &options);
+    put_noise(db, 0, 400);
+    setrlimit(RLIMIT_FSIZE, &small);
+    rc = kvmeta_flush(db);
+    setrlimit(RLIMIT_FSIZE, &old);
+    if (rc != KVMETA_E_IO && rc != KVMETA_E_NOSPACE) return 1;
+    holds_noise(db, 400);
+    if (kvmeta_flush(db) != KVMETA_OK) return 2;
+    if (unit_stats(db).tables != 1) return 3;
+    return kvmeta_close(db) == KVMETA_OK ? 0 : 4;
+}
+
+/* Goal: a table that may not grow fails the flush alone; the next one works.
+ */
+static void a_limit_on_file_size_fails_the_flush(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 1000);
+    kvmeta *db;
+
+    assert_int_equal(unit_in_child(flush_past_file_limit, u), 0);
+    db = unit_open(u, &options);
+    holds_noise(db, 400);
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_full_disk_fails_the_write_and_loses_nothing),
+    UNIT_CASE(a_full_disk_fails_the_flush_and_the_compaction),
+    UNIT_CASE(the_thread_goes_on_when_a_full_disk_has_room),
     UNIT_CASE(a_read_only_disk_is_an_error_of_writes_alone),
     UNIT_CASE(too_few_descriptors_fail_the_open_alone),
+    UNIT_CASE(too_few_descriptors_fail_the_flush_and_lose_nothing),
+    UNIT_CASE(too_few_descriptors_fail_the_first_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_write),
+    UNIT_CASE(a_limit_on_file_size_fails_the_durable_write),
+    UNIT_CASE(a_limit_on_file_size_fails_the_flush),
 };
 
 UNIT_MAIN(cases)
