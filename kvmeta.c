@@ -143,6 +143,9 @@
  * and processors. Everything below this section is plain C11 and POSIX.
  * ========================================================================== */
 
+#if !defined(_FILE_OFFSET_BITS)
+#  define _FILE_OFFSET_BITS 64    /* on 32 bits: large files and inodes */
+#endif
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #  define _GNU_SOURCE 1           /* MADV_HUGEPAGE, MAP_ANONYMOUS, getrandom */
 #elif defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
@@ -1202,7 +1205,7 @@ struct kv_node {
     uint32_t level;               /* 0: leaf */
 };
 
-_Static_assert(sizeof(struct kv_node) == 32, "heads must stay aligned");
+_Static_assert(sizeof(struct kv_node) % 8 == 0, "heads must stay aligned");
 
 /* Slabs that are almost full come first, and are used first; empty ones come
  * last, so that they stay empty and can be given back. */
