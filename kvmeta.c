@@ -5400,8 +5400,8 @@ static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
     const char *broken;
     int rc;
 
-    assert(bytes == t->blocks * t->entry_bytes);
     if (bytes > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
+    assert(bytes == t->blocks * t->entry_bytes);
     t->index = kv_alloc(env, (size_t)kv_max(bytes, 1));
     if (!t->index) return kv_fail_memory(err, (size_t)bytes);
     rc = kv_file_read(env, &t->file, t->index, (size_t)bytes, t->index_off,
@@ -6603,6 +6603,7 @@ static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
     if (rc) return rc;
     if (run->size > (uint64_t)UINT32_MAX * 8)
         return kv_fail_corrupt(err, file, 0, "too large for a log");
+    if (run->size > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
     run->bytes = kv_alloc(env, (size_t)run->size + 1);
     if (!run->bytes) return kv_fail_memory(err, (size_t)run->size + 1);
     return kv_file_read(env, file, run->bytes, (size_t)run->size, 0, err);

@@ -423,7 +423,47 @@ static void error_texts_never_hold_keys_or_values(struct unit *u)
     check_no_secret(u->log);
 }
 
+/* --------------------------------------------------------------------------
+ * More than can be addressed
+ * -------------------------------------------------------------------------- */
+
+static int leave_live_log(void *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
+    return kvmeta_count(db) == 100 ? 0 : 1;
+}
+
+/* Goal: a log whose size has more bits than a pointer is not read in part
+ * and taken for whole, and one that no store writes is refused; cut to its
+ * length, it opens. Method: the log of a killed process grows by a hole. */
+static void a_log_that_cannot_be_addressed_is_an_error(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    int small = sizeof(void *) == 4;
+    off_t huge = ((off_t)(small ? 4 : 40) << 30) + 100;
+    char name[64];
+    uint64_t bytes;
+    kvmeta *db;
+
+    assert_int_equal(unit_in_child(leave_live_log, u), 0);
+    assert_true(unit_find(u, ".wal", 0, name));
+    bytes = unit_size(u, name);
+    assert_int_equal(truncate(unit_path(u, name), huge), 0);
+    unit_is(kvmeta_open(u->dir, &options, &db, &u->err),
+            small ? KVMETA_E_NOMEM : KVMETA_E_CORRUPT);
+    assert_true(unit_size(u, name) == (uint64_t)huge);
+    assert_int_equal(truncate(unit_path(u, name), (off_t)bytes), 0);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == 100);
+    unit_holds(db, 0, 100, 0);
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
+    UNIT_CASE(a_log_that_cannot_be_addressed_is_an_error),
     UNIT_CASE(other_widths_are_a_mismatch),
     UNIT_CASE(a_missing_store_is_not_created_when_it_must_exist),
     UNIT_CASE(must_exist_opens_what_is_there),

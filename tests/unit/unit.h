@@ -16,6 +16,9 @@
 #ifndef _GNU_SOURCE
 #  define _GNU_SOURCE
 #endif
+#ifndef _FILE_OFFSET_BITS
+#  define _FILE_OFFSET_BITS 64       /* where off_t has 32 bits otherwise */
+#endif
 
 #include <stdarg.h>
 #include <stddef.h>
