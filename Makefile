@@ -218,6 +218,18 @@ coverage:
 # Static checks, benchmarks, fuzzing
 # ---------------------------------------------------------------------------
 
+# Debian's cross compilers; tests/ports/run fetches the rest.
+PORTS_DEBIAN := gcc-s390x-linux-gnu libc6-dev-s390x-cross \
+    gcc-i686-linux-gnu libc6-dev-i386-cross qemu-user gcc clang
+
+.PHONY: ports deps-ports
+ports:
+	@tests/ports/run --scale $(PORTS_SCALE) $(PORTS)
+PORTS_SCALE ?= 0
+
+deps-ports:
+	apt-get install -y --no-install-recommends $(PORTS_DEBIAN)
+
 .PHONY: lint bench deps-bench bench-peers bench-check rot-compare fuzz \
     fuzz-all
 lint: all $(EXAMPLES)
@@ -250,6 +262,7 @@ help:
 	  'make check-long      twenty times as long' \
 	  'make asan            the tests under AddressSanitizer; ubsan, tsan' \
 	  'make coverage        lines and branches that the tests reach' \
+	  'make ports           other processors and compilers: s390x, i386' \
 	  'make lint            gcc, clang, analysers, sizes of functions' \
 	  'make bench           benchmarks; bench-peers: beside other stores' \
 	  'make rot-compare     the same damage to kvmeta and to other stores' \

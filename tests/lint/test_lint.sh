@@ -220,7 +220,7 @@ tidy() {
 shells() {
     need shellcheck
     shellcheck -S warning .ci/run tests/run tests/deps tests/lint/coverage \
-        tests/lint/functions tests/*/*.sh
+        tests/lint/functions tests/ports/run tests/*/*.sh
 }
 
 # Those of tests/bench are built where the other stores are installed.
