@@ -403,7 +403,10 @@ int main(int argc, char **argv)
         return 2;
     }
     kvmeta_options_init(&work.options, 8, VALUE_BYTES);
-    work.options.flags = test_option_u64("thread", 0) ? 0 : KVMETA_NO_THREAD;
+    if (!test_option_u64("thread", 0)) {
+        work.options.flags = KVMETA_NO_THREAD;
+        work.options.open_threads = 1;
+    }
     work.options.log_bytes_max = 65536;
     work.options.log_buffer_bytes = 4096;
     work.options.merge_window = 2;
