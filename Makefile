@@ -224,7 +224,7 @@ PORTS_DEBIAN := gcc-s390x-linux-gnu libc6-dev-s390x-cross \
 
 .PHONY: ports deps-ports
 ports:
-	@tests/ports/run --scale $(PORTS_SCALE) $(PORTS)
+	@T='$(T)' tests/ports/run --scale $(PORTS_SCALE) $(PORTS)
 PORTS_SCALE ?= 0
 
 deps-ports:
