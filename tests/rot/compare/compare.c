@@ -592,6 +592,12 @@ static void run_one(uint64_t number)
  * The table
  * -------------------------------------------------------------------------- */
 
+static unsigned long long count_of(const struct entry *entry, unsigned file,
+                                   unsigned fault, enum verdict verdict)
+{
+    return atomic_load(&tallies[entry - entries][file][fault][verdict]);
+}
+
 static void print_row(const struct entry *entry, unsigned file,
                       unsigned fault)
 {
@@ -599,7 +605,7 @@ static void print_row(const struct entry *entry, unsigned file,
     unsigned i;
 
     for (i = 0; i < VERDICTS; i++) {
-        n[i] = atomic_load(&tallies[entry - entries][file][fault][i]);
+        n[i] = count_of(entry, file, fault, (enum verdict)i);
         trials += n[i];
     }
     if (trials == 0) return;
@@ -623,13 +629,46 @@ static uint64_t print_table(void)
             for (k = 0; k < FAULT_KINDS; k++) {
                 print_row(entry, i, k);
                 if (entry->store == &store_kvmeta) {
-                    bad += atomic_load(&tallies[0][i][k][SILENT]) +
-                           atomic_load(&tallies[0][i][k][CRASHED]);
+                    bad += count_of(entry, i, k, SILENT) +
+                           count_of(entry, i, k, CRASHED);
                 }
             }
         }
     }
     return bad;
+}
+
+/* The same by store: how often it was silent, and how often it crashed. */
+static void print_summary(void)
+{
+    const struct entry *entry;
+    unsigned i;
+
+    printf("\nSilent, and where there are two numbers crashed:\n\n| Store ");
+    for (i = 0; i < FILE_KINDS * FAULT_KINDS; i++) {
+        printf("| %s: %s ", file_titles[i / FAULT_KINDS],
+               fault_titles[i % FAULT_KINDS]);
+    }
+    printf("|\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n");
+    for (entry = entries; entry < entries + ENTRIES; entry++) {
+        if (entry->store == NULL) continue;
+        printf("| %s |", entry->store->title);
+        for (i = 0; i < FILE_KINDS * FAULT_KINDS; i++) {
+            unsigned file = i / FAULT_KINDS, fault = i % FAULT_KINDS, v;
+            unsigned long long crashed, trials = 0;
+
+            for (v = 0; v < VERDICTS; v++) {
+                trials += count_of(entry, file, fault, v);
+            }
+            crashed = count_of(entry, file, fault, CRASHED);
+            if (trials > 0) {
+                printf(" %llu", count_of(entry, file, fault, SILENT));
+            }
+            if (crashed > 0) printf(" + %llu", crashed);
+            fputs(trials > 0 ? " |" : " - |", stdout);
+        }
+        printf("\n");
+    }
 }
 
 int main(int argc, char **argv)
@@ -651,6 +690,7 @@ int main(int argc, char **argv)
     } else {
         failed = test_fork(test_workers(), run_all, &trials);
         bad = print_table();
+        print_summary();
     }
     nftw(top, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return failed > 0 || bad > 0;
