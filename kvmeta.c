@@ -115,7 +115,8 @@
  *   tree lock      short: node memory, the list of versions
  *
  * Gets take none of them. Whoever takes a snapshot, or asks for the count or
- * the digest, takes the delta lock; releasing one takes the tree lock. No lock is held over log_fn.
+ * the digest, takes the delta lock; releasing one takes the tree lock. No lock
+ * is held over log_fn.
  *
  * 6. A CRASH at each step leaves:
  *
@@ -294,6 +295,8 @@ static uint64_t kv_align_up(uint64_t n, uint64_t align)
  * a buffered put. */
 static void kv_copy(void *to, const void *from, size_t n)
 {
+    assert(n == 0 || to);
+    assert(n == 0 || from);
     if (n == 16)
         memcpy(to, from, 16);
     else if (n == 8)
@@ -376,7 +379,8 @@ static void kv_store_be64(void *p, uint64_t v)
 
 /* The first 8 bytes of a key as a number; shorter keys count as if followed
  * by zeros, which keeps their order because all keys have one width. */
-static inline uint64_t kv_key_head(const struct kv_shape *shape, const void *key)
+static inline uint64_t kv_key_head(const struct kv_shape *shape,
+                                   const void *key)
 {
     unsigned char padded[8] = {0};
 
@@ -3402,7 +3406,7 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
     for (size_t i = 0; i < loaders_count; i++) {
         if (loaders[i].count)
             memcpy(nodes + n, loaders[i].leaves,
-                   loaders[i].count * sizeof(struct kv_node *));
+                   loaders[i].count * sizeof *nodes);
         n += loaders[i].count;
         loaders[i].count = 0;
     }
@@ -4416,9 +4420,11 @@ static int kv_scheme_mode(const unsigned char *plane, const unsigned char *low,
     for (int m = 0; m < KV_PLANE_MODES; m++) {
         unsigned char sample[KV_SCHEME_SAMPLE];
         struct kv_histogram h;
+        size_t bytes;
 
         if (m == KV_PLANE_CARRY && !low) break;
-        kv_histogram_of(&h, sample, kv_scheme_sample(m, plane, low, n, sample));
+        bytes = kv_scheme_sample(m, plane, low, n, sample);
+        kv_histogram_of(&h, sample, bytes);
         if (m == 0 || h.bits < best->bits) {
             mode = m;
             *best = h;
@@ -8604,7 +8610,7 @@ static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
                                     const struct kvmeta_op *ops, size_t n,
                                     bool *last_found)
 {
-    struct kv_change changes[KV_BATCH];
+    struct kv_change changes[KV_BATCH] = {{NULL, NULL}};
     bool found[KV_BATCH];
     size_t count = 0;
     size_t taken = 0;
