@@ -592,6 +592,32 @@ static void *kv_alloc(struct kv_env *env, size_t bytes)
     return kv_resize(env, NULL, bytes);
 }
 
+/* Buffers of this size live as long as one job. The C library would keep
+ * their memory: tens of megabytes that the store does not need afterwards. */
+static bool kv_uses_pages(const struct kv_env *env, size_t bytes)
+{
+#if defined(MAP_ANONYMOUS)
+    return !env->realloc_fn && bytes >= 1 << 20;
+#else
+    (void)env;
+    (void)bytes;
+    return false;
+#endif
+}
+
+static void *kv_alloc_pages(struct kv_env *env, size_t bytes)
+{
+#if defined(MAP_ANONYMOUS)
+    if (kv_uses_pages(env, bytes)) {
+        void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+        return p == MAP_FAILED ? NULL : p;
+    }
+#endif
+    return kv_alloc(env, bytes);
+}
+
 static void *kv_alloc_zeroed(struct kv_env *env, size_t bytes)
 {
     void *p = kv_alloc(env, bytes);
@@ -607,6 +633,15 @@ static void kv_free(struct kv_env *env, void *p)
         env->realloc_fn(env->user, p, 0);
     else
         free(p);
+}
+
+/* bytes: as given to kv_alloc_pages. */
+static void kv_free_pages(struct kv_env *env, void *p, size_t bytes)
+{
+    if (p && kv_uses_pages(env, bytes))
+        munmap(p, bytes);
+    else
+        kv_free(env, p);
 }
 
 /* Makes room for `need` elements in a growing array; doubles. */
@@ -1435,7 +1470,7 @@ static void kv_pool_free(struct kv_pool *pool)
  * ========================================================================== */
 
 enum {
-    KV_LEAF_BYTES = 2048,
+    KV_LEAF_BYTES = 1536,
     KV_INNER_BYTES = 2048,
     KV_LEAF_MIN = 8,              /* records that a leaf has room for */
     KV_INNER_MIN = 16,            /* children that an inner node has room for */
@@ -6491,8 +6526,8 @@ static uint64_t kv_run_last_seq(const struct kv_run *run)
 
 static void kv_run_free(struct kv_env *env, struct kv_run *run)
 {
-    kv_free(env, run->bytes);
-    kv_free(env, run->items);
+    kv_free_pages(env, run->bytes, (size_t)run->size + 1);
+    kv_free_pages(env, run->items, run->cap * sizeof *run->items);
     memset(run, 0, sizeof *run);
 }
 
@@ -6527,7 +6562,6 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
     uint64_t at = f->pos + KV_FRAME_BYTES;
     uint64_t end = kv_frame_end(&run->head, f->pos, f->entries, f->synced);
     uint64_t body_end = at + (uint64_t)f->entries * run->head.slot_bytes;
-    int rc;
 
     if (f->seq != run->head.first_seq + run->batches)
         return kv_fail_corrupt(err, file, f->pos, "frame: seq %llu, want %llu",
@@ -6541,9 +6575,7 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
     if (!kv_is_zero(run->bytes + body_end, (size_t)(end - body_end)))
         return kv_fail_corrupt(err, file, body_end, "frame: pad not zero");
 
-    rc = kv_grow(env, (void **)&run->items, &run->cap,
-                 run->count + f->entries, sizeof *run->items, err);
-    if (rc) return rc;
+    assert(run->count + f->entries <= run->cap);
     for (; at < body_end; at += run->head.slot_bytes) {
         const unsigned char *entry = run->bytes + at;
         const char *rule = kv_entry_check(&env->shape, run->head.slot_bytes,
@@ -6610,7 +6642,7 @@ static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
     if (run->size > (uint64_t)UINT32_MAX * 8)
         return kv_fail_corrupt(err, file, 0, "too large for a log");
     if (run->size > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
-    run->bytes = kv_alloc(env, (size_t)run->size + 1);
+    run->bytes = kv_alloc_pages(env, (size_t)run->size + 1);
     if (!run->bytes) return kv_fail_memory(err, (size_t)run->size + 1);
     return kv_file_read(env, file, run->bytes, (size_t)run->size, 0, err);
 }
@@ -6634,6 +6666,10 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
                                (unsigned long long)run->size,
                                (unsigned long long)meta->bytes);
 
+    run->cap = (size_t)run->size / run->head.slot_bytes + 1;
+    run->items = kv_alloc_pages(env, run->cap * sizeof *run->items);
+    if (!run->items)
+        return kv_fail_memory(err, run->cap * sizeof *run->items);
     run->end = kv_log_first(run->head.align);
     run->last_hcrc = run->head.crc;
     run->digest = run->head.digest;
@@ -6691,12 +6727,12 @@ static int kv_run_sort(struct kv_env *env, struct kv_run *run,
     struct kv_item *tmp;
 
     if (run->count < 2) return KVMETA_OK;
-    tmp = kv_alloc(env, bytes);
+    tmp = kv_alloc_pages(env, bytes);
     if (!tmp) return kv_fail_memory(err, bytes);
     kv_run_input_init(run, &all);
     kv_items_sort(&order, run->items, run->count, tmp);
     run->count = kv_items_settle(&order, run->items, run->count, tmp, NULL);
-    kv_free(env, tmp);
+    kv_free_pages(env, tmp, bytes);
     return KVMETA_OK;
 }
 
