@@ -1,0 +1,616 @@
+/*
+ * What the processor, the thread library and the system calls under kvmeta.c
+ * may refuse, one after another; and what memory looks like when it is
+ * broken. Looks inside: kvmeta.c is part of this program, and the names of
+ * the calls stand for functions here that fail on demand.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#define KVMETA_STATIC
+#include "unit.h"
+
+#include <dirent.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+
+/* --------------------------------------------------------------------------
+ * Calls that fail on demand
+ * -------------------------------------------------------------------------- */
+
+enum os_call {
+    OS_NONE,
+    OS_OPEN,
+    OS_READ,
+    OS_FSYNC,
+    OS_FDATASYNC,
+    OS_CLOSE,
+    OS_FDOPENDIR,
+    OS_FSTAT,
+    OS_PREAD,
+    OS_PWRITE,
+    OS_FTRUNCATE,
+    OS_MALLOC,
+    OS_MMAP,
+    OS_MADVISE,
+    OS_MUTEX,
+    OS_COND,
+    OS_THREAD,
+    OS_SYSCONF,
+    OS_CALLS
+};
+
+/* The call `at` of a kind fails, and of mmap all that follow: one failure is
+ * made up for. Error 0: the call does nothing, and says so. */
+static struct {
+    enum os_call kind;
+    unsigned at;
+    int error;
+    atomic_uint seen;
+} os_fault;
+
+static void os_fail(enum os_call kind, unsigned at, int error)
+{
+    os_fault.kind = kind;
+    os_fault.at = at;
+    os_fault.error = error;
+    atomic_store(&os_fault.seen, 0);
+}
+
+static int os_hit(enum os_call kind)
+{
+    unsigned n;
+
+    if (os_fault.kind != kind) return 0;
+    n = atomic_fetch_add(&os_fault.seen, 1) + 1;
+    if (kind == OS_MMAP ? n < os_fault.at : n != os_fault.at) return 0;
+    errno = os_fault.error;
+    return 1;
+}
+
+static ssize_t os_failed_bytes(void)
+{
+    return os_fault.error ? -1 : 0;
+}
+
+static int os_close(int fd)
+{
+    int hit = os_hit(OS_CLOSE);
+    int rc = close(fd);
+
+    if (hit) errno = os_fault.error;
+    return hit ? -1 : rc;
+}
+
+/* What the processor is said to have: 2 all that it has, 1 no AVX2, 0 plain. */
+static int os_cpu = 2;
+
+static int os_cpu_supports(const char *what)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (strcmp(what, "avx2") == 0)
+        return os_cpu >= 2 && __builtin_cpu_supports("avx2");
+    return os_cpu >= 1 && __builtin_cpu_supports("sse4.2");
+#else
+    (void)what;
+    return 0;
+#endif
+}
+
+/* Frees the slot of a reader when the others have waited for it. */
+static _Atomic uint64_t *os_slot_held;
+
+static int os_yield(void)
+{
+    if (os_slot_held) atomic_store(os_slot_held, 0);
+    return sched_yield();
+}
+
+static size_t os_read_asked;             /* by the last pread or pwrite */
+
+static ssize_t os_pread(int fd, void *buf, size_t bytes, off_t off)
+{
+    os_read_asked = bytes;
+    return os_hit(OS_PREAD) ? os_failed_bytes() : pread(fd, buf, bytes, off);
+}
+
+static ssize_t os_pwrite(int fd, const void *buf, size_t bytes, off_t off)
+{
+    os_read_asked = bytes;
+    return os_hit(OS_PWRITE) ? os_failed_bytes()
+                             : pwrite(fd, buf, bytes, off);
+}
+
+#define open(...) (os_hit(OS_OPEN) ? -1 : open(__VA_ARGS__))
+#define read(fd, p, n) (os_hit(OS_READ) ? os_failed_bytes() : read(fd, p, n))
+#define fsync(fd) (os_hit(OS_FSYNC) ? -1 : fsync(fd))
+#define fdatasync(fd) (os_hit(OS_FDATASYNC) ? -1 : fdatasync(fd))
+#define close(fd) os_close(fd)
+#define fdopendir(fd) (os_hit(OS_FDOPENDIR) ? NULL : fdopendir(fd))
+#define fstat(fd, st) (os_hit(OS_FSTAT) ? -1 : fstat(fd, st))
+#define pread(fd, p, n, off) os_pread(fd, p, n, off)
+#define pwrite(fd, p, n, off) os_pwrite(fd, p, n, off)
+#define ftruncate(fd, n) (os_hit(OS_FTRUNCATE) ? -1 : ftruncate(fd, n))
+#define malloc(n) (os_hit(OS_MALLOC) ? NULL : malloc(n))
+#define mmap(...) (os_hit(OS_MMAP) ? MAP_FAILED : mmap(__VA_ARGS__))
+#define madvise(p, n, how) (os_hit(OS_MADVISE) ? -1 : madvise(p, n, how))
+#define pthread_mutex_init(m, a)                                              \
+    (os_hit(OS_MUTEX) ? os_fault.error : pthread_mutex_init(m, a))
+#define pthread_cond_init(c, a)                                               \
+    (os_hit(OS_COND) ? os_fault.error : pthread_cond_init(c, a))
+#define pthread_create(t, a, fn, arg)                                         \
+    (os_hit(OS_THREAD) ? os_fault.error : pthread_create(t, a, fn, arg))
+#define sysconf(what) (os_hit(OS_SYSCONF) ? -1 : sysconf(what))
+#define sched_yield() os_yield()
+#define __builtin_cpu_supports(what) os_cpu_supports(what)
+
+#include "../../kvmeta.c"
+
+#undef open
+#undef read
+#undef fsync
+#undef fdatasync
+#undef close
+#undef fstat
+#undef pread
+#undef pwrite
+#undef malloc
+#undef mmap
+#undef pthread_mutex_init
+#undef pthread_create
+
+/* --------------------------------------------------------------------------
+ * System calls
+ * -------------------------------------------------------------------------- */
+
+enum { PUTS = 24 };
+
+/* Opens, writes and closes; acked[i] when put i was acknowledged. Returns the
+ * first error, of whichever call. */
+static int one_life(struct unit *u, const struct kvmeta_options *options,
+                    unsigned char acked[PUTS])
+{
+    unsigned char key[8];
+    kvmeta *db = NULL;
+    int rc = kvmeta_open(u->dir, options, &db, &u->err);
+    int first = rc;
+
+    for (unsigned i = 0; db && i < PUTS; i++) {
+        unit_key(8, i, key);
+        rc = kvmeta_put(db, key, key, KVMETA_DURABLE);
+        acked[i] |= rc == KVMETA_OK;
+        if (!first) first = rc;
+        if (i % 8 != 7) continue;
+        rc = i == 15 ? kvmeta_compact(db) : kvmeta_flush(db);
+        if (!first) first = rc;
+    }
+    rc = db ? kvmeta_close(db) : KVMETA_OK;
+    return first ? first : rc;
+}
+
+static void check_after(struct unit *u, const struct kvmeta_options *options,
+                        const unsigned char acked[PUTS])
+{
+    unsigned char key[8], got[8];
+    kvmeta *db = unit_open(u, options);
+
+    for (unsigned i = 0; i < PUTS; i++) {
+        unit_key(8, i, key);
+        if (!acked[i]) continue;
+        unit_ok(kvmeta_get(db, key, got));
+        assert_memory_equal(got, key, 8);
+    }
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+static int is_honest(int rc)
+{
+    return rc == KVMETA_OK || rc == KVMETA_E_IO || rc == KVMETA_E_NOMEM
+        || rc == KVMETA_E_NOSPACE || rc == KVMETA_E_FAILED
+        || rc == KVMETA_E_CORRUPT || rc == KVMETA_E_BUSY;
+}
+
+/* Two lives of a store for each call of the kind that they make. Returns how
+ * many of them ended with an error. */
+static unsigned fail_each(struct unit *u, const struct kvmeta_options *options,
+                          enum os_call kind, int error)
+{
+    unsigned errors = 0;
+
+    for (unsigned at = 1;; at++) {
+        unsigned char acked[PUTS] = {0};
+        int first, second, hit;
+
+        os_fail(kind, at, error);
+        first = one_life(u, options, acked);
+        second = one_life(u, options, acked);
+        hit = atomic_load(&os_fault.seen) >= at;
+        os_fail(OS_NONE, 0, 0);
+        if (!is_honest(first) || !is_honest(second))
+            fail_msg("call %u of kind %d, error %d: %d, %d", at, (int)kind,
+                     error, first, second);
+        errors += first || second;
+        check_after(u, options, acked);
+        unit_remove_tree(u->dir);
+        if (!hit) return errors;
+    }
+}
+
+/* Goal: a system call that fails is an error of the call that needed it, or
+ * harmless; the next life holds all that was acknowledged. Method: each call
+ * of two lives in turn, with errors that a disk, a quota and the kernel give,
+ * and with none at all but no progress either. */
+static void a_system_call_that_fails_loses_nothing(struct unit *u)
+{
+    static const int errors[] = {EIO, EDQUOT, EFBIG, ENOMEM};
+    static const enum os_call never_harmless[] = {
+        OS_FSYNC, OS_FDATASYNC, OS_FDOPENDIR, OS_FSTAT, OS_PREAD, OS_PWRITE,
+        OS_READ
+    };
+    struct kvmeta_options options = unit_quiet(u);
+
+    options.open_threads = 1;
+    for (size_t i = 0; i < sizeof never_harmless / sizeof *never_harmless; i++)
+        for (size_t k = 0; k < sizeof errors / sizeof *errors; k++)
+            assert_true(fail_each(u, &options, never_harmless[i], errors[k])
+                        > 0);
+    assert_true(fail_each(u, &options, OS_OPEN, EMFILE) > 0);
+    assert_true(fail_each(u, &options, OS_PREAD, 0) > 0);
+    assert_true(fail_each(u, &options, OS_PWRITE, 0) > 0);
+    assert_true(fail_each(u, &options, OS_READ, 0) > 0);
+    assert_true(fail_each(u, &options, OS_READ, EINTR) == 0);
+    (void)fail_each(u, &options, OS_CLOSE, EIO);
+    (void)fail_each(u, &options, OS_FTRUNCATE, EIO);
+}
+
+/* Goal: no lock, no thread, no memory: the open says so, and leaves nothing
+ * behind; what is only for speed is done without. */
+static void a_lock_or_thread_that_is_refused_fails_the_open(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    kvmeta *db = NULL;
+
+    for (unsigned at = 1; at <= 7; at++) {
+        os_fail(OS_MUTEX, at, ENOMEM);
+        unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
+    }
+    for (unsigned at = 1; at <= 2; at++) {
+        os_fail(OS_COND, at, EAGAIN);
+        unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
+    }
+    os_fail(OS_THREAD, 1, EAGAIN);
+    options.open_threads = 1;
+    unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
+    assert_int_equal(u->err.sys_errno, EAGAIN);
+    os_fail(OS_MALLOC, 1, ENOMEM);       /* the path of the parent */
+    unit_remove_tree(u->dir);
+    assert_int_not_equal(kvmeta_open(u->dir, &options, &db, &u->err),
+                         KVMETA_OK);
+    assert_null(db);
+    os_fail(OS_SYSCONF, 1, EINVAL);      /* the number of cores */
+    options.open_threads = 0;
+    db = unit_open(u, &options);
+    assert_int_equal(atomic_load(&os_fault.seen), 1);
+    os_fail(OS_NONE, 0, 0);
+    unit_close(db);
+}
+
+/* Goal: where the system has no pages that a fork empties, a store works. */
+static void a_store_works_without_the_page_that_tells_of_a_fork(struct unit *u)
+{
+    static const enum os_call calls[] = {OS_MMAP, OS_MADVISE};
+    struct kvmeta_options options;
+    unsigned char key[8] = {1};
+
+    kvmeta_options_init(&options, 8, 8);
+    for (unsigned i = 0; i < 2; i++) {
+        kvmeta *db;
+
+        os_fail(calls[i], 1, EINVAL);
+        db = unit_open(u, &options);
+        assert_int_equal(atomic_load(&os_fault.seen), 1);
+        os_fail(OS_NONE, 0, 0);
+        assert_null(db->alive);
+        unit_ok(kvmeta_put(db, key, key, 0));
+        unit_ok(kvmeta_has(db, key));
+        unit_close(db);
+    }
+}
+
+/* Goal: a store is made in whatever form its path has, and the directory
+ * above it is synced; an error of that is one of the open. */
+static void the_directory_above_is_found_from_any_path(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    static const char *const paths[] = {"here", "there/", "./dot//"};
+    int back = open(".", O_RDONLY | O_DIRECTORY);
+    kvmeta *db;
+
+    assert_true(back >= 0);
+    assert_int_equal(chdir(u->top), 0);
+    for (size_t i = 0; i < sizeof paths / sizeof *paths; i++) {
+        unit_ok(kvmeta_open(paths[i], &options, &db, &u->err));
+        unit_close(db);
+        assert_int_equal(access(paths[i], F_OK), 0);
+    }
+    assert_int_equal(kv_posix_dir_sync_parent(NULL, "/"), 0);
+    assert_int_equal(kv_posix_dir_sync_parent(NULL, "none/store"), ENOENT);
+    assert_int_equal(fchdir(back), 0);
+    close(back);
+}
+
+/* Goal: no read or write asks for more at once than every system takes. */
+static void no_call_asks_for_more_than_a_gibibyte(struct unit *u)
+{
+    char byte = 0;
+
+    (void)u;
+    os_fail(OS_PREAD, 1, EIO);
+    assert_int_equal(kv_posix_file_read(NULL, -1, &byte, (size_t)3 << 30, 0),
+                     -EIO);
+    assert_int_equal(os_read_asked, 1 << 30);
+    os_fail(OS_PWRITE, 1, EIO);
+    assert_int_equal(kv_posix_file_write(NULL, -1, &byte, (size_t)3 << 30, 0),
+                     -EIO);
+    assert_int_equal(os_read_asked, 1 << 30);
+    os_fail(OS_NONE, 0, 0);
+}
+
+static int stop_at_a_name(void *arg, const char *name)
+{
+    (void)name;
+    return *(int *)arg;
+}
+
+/* Goal: who lists a directory may stop, and the list says with what. */
+static void a_listing_ends_with_what_its_caller_says(struct unit *u)
+{
+    int code = EXDEV, dir;
+
+    assert_int_equal(kv_posix_dir_open(NULL, u->top, &dir), 0);
+    assert_int_equal(kv_posix_dir_list(NULL, dir, stop_at_a_name, &code),
+                     EXDEV);
+    assert_int_equal(kv_posix_dir_close(NULL, dir), 0);
+}
+
+/* --------------------------------------------------------------------------
+ * The processor
+ * -------------------------------------------------------------------------- */
+
+/* Keys of 12 bytes of which many share the first eight. */
+static struct kvmeta_digest fill_and_read(kvmeta *db)
+{
+    unsigned char key[12], value[8];
+
+    for (unsigned i = 0; i < 4000; i++) {
+        unsigned n = i * 2654435761u;
+
+        unit_key(12, ((uint64_t)(n % 50) << 32) | n, key);
+        unit_value(8, i, value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+    }
+    for (unsigned i = 0; i < 4000; i++) {
+        unsigned n = i * 2654435761u;
+
+        unit_key(12, ((uint64_t)(n % 50) << 32) | n, key);
+        unit_ok(kvmeta_has(db, key));
+    }
+    unit_ok(kvmeta_verify(db, NULL));
+    return kvmeta_digest(db);
+}
+
+/* Goal: each set of instructions gives the same store, byte for byte on disk
+ * where sums are concerned: what one wrote, the others read. */
+static void every_processor_reads_what_another_wrote(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 12, 8);
+    struct kvmeta_digest first = {0, 0};
+
+    options.flags = KVMETA_NO_THREAD;
+    for (int writer = 0; writer <= 2; writer++) {
+        os_cpu = writer;
+        kvmeta *db = unit_open(u, &options);
+        struct kvmeta_digest digest = fill_and_read(db);
+
+        if (writer == 0) first = digest;
+        unit_same_digest(digest, first);
+        unit_ok(kvmeta_flush(db));
+        unit_close(db);
+        for (os_cpu = 0; os_cpu <= 2; os_cpu++) {
+            db = unit_open(u, &options);
+            unit_same_digest(kvmeta_digest(db), first);
+            unit_ok(kvmeta_verify(db, NULL));
+            unit_close(db);
+        }
+        unit_remove_tree(u->dir);
+    }
+    os_cpu = 2;
+}
+
+/* --------------------------------------------------------------------------
+ * Memory
+ * -------------------------------------------------------------------------- */
+
+static int put_large(kvmeta *db, uint64_t *count, uint64_t to)
+{
+    static unsigned char value[1000];
+    unsigned char key[8];
+    int rc = KVMETA_OK;
+
+    for (; *count < to && !rc; *count += !rc) {
+        unit_key(8, *count, key);
+        unit_value(sizeof value, *count, value);
+        rc = kvmeta_put(db, key, value, KVMETA_BUFFERED);
+    }
+    return rc;
+}
+
+/* Goal: a large store gets its memory by pages, one slab ahead of need; when
+ * the system has none, the write fails, nothing has changed, and the next
+ * write works. Method: 80 MB of records without an allocator of ours. */
+static void a_large_store_survives_that_pages_are_refused(struct unit *u)
+{
+    struct kvmeta_options options;
+    uint64_t count = 0;
+    kvmeta *db;
+    int did = 1;
+
+    kvmeta_options_init(&options, 8, 1000);
+    options.flags = KVMETA_NO_THREAD;
+    options.log_bytes_max = 1 << 30;
+    db = unit_open(u, &options);
+    unit_ok(put_large(db, &count, 20000));
+    os_fail(OS_MMAP, 1, ENOMEM);
+    unit_is(put_large(db, &count, 40000), KVMETA_E_NOMEM);
+    os_fail(OS_NONE, 0, 0);
+    assert_true(kvmeta_count(db) == count);
+    unit_ok(put_large(db, &count, 75000));
+    os_fail(OS_MMAP, 1, ENOMEM);
+    kv_pool_prepare(&db->tree.leaves);
+    os_fail(OS_NONE, 0, 0);
+    assert_null(db->tree.leaves.ahead);
+    db->tree.leaves.ahead_wanted = true;
+    unit_ok(kvmeta_step(db, &did));
+    assert_int_equal(did, 1);
+    assert_non_null(db->tree.leaves.ahead);
+    kv_pool_prepare(&db->tree.leaves);   /* a second one goes back */
+    unit_ok(put_large(db, &count, 80000));
+    kv_pool_prepare(&db->tree.leaves);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+/* Goal: a reader that finds each slot taken waits until one is given back. */
+static void a_reader_waits_while_all_slots_are_taken(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char key[8] = {0};
+
+    unit_ok(kvmeta_put(db, key, key, 0));
+    for (unsigned i = 0; i < KV_SLOTS; i++)
+        atomic_store(&db->tree.slots[i].gen, 1);
+    os_slot_held = &db->tree.slots[KV_SLOTS / 2].gen;
+    unit_ok(kvmeta_has(db, key));
+    os_slot_held = NULL;
+    for (unsigned i = 0; i < KV_SLOTS; i++)
+        atomic_store(&db->tree.slots[i].gen, 0);
+    unit_close(db);
+}
+
+/* --------------------------------------------------------------------------
+ * Broken memory
+ * -------------------------------------------------------------------------- */
+
+static void breaks(kvmeta *db, const char *rule)
+{
+    struct kvmeta_error err;
+
+    unit_is(kvmeta_verify(db, &err), KVMETA_E_CORRUPT);
+    if (!strstr(err.message, rule))
+        fail_msg("said \"%s\", want \"%s\"", err.message, rule);
+}
+
+/* Sets a field to something that breaks a rule, and back. */
+#define BREAK(db, field, wrong, rule)                                         \
+    do {                                                                      \
+        __typeof__(field) was = (field);                                      \
+        (field) = (wrong);                                                    \
+        breaks(db, rule);                                                     \
+        (field) = was;                                                        \
+    } while (0)
+
+/* The same of one node alone, where no cursor could stand in it. */
+#define BREAK_NODE(tree, node, field, wrong, rule)                            \
+    do {                                                                      \
+        __typeof__(field) was = (field);                                      \
+        (field) = (wrong);                                                    \
+        assert_string_equal(kv_node_check(tree, node), rule);                 \
+        (field) = was;                                                        \
+    } while (0)
+
+static void break_version(kvmeta *db, struct kv_version *v)
+{
+    struct kv_node *root = v->root;
+
+    BREAK(db, v->root, NULL, "T2: height");
+    BREAK(db, v->height, v->height + 1, "T2: height");
+    BREAK(db, v->count, v->count + 1, "T6: count");
+    BREAK(db, v->digest.lo, v->digest.lo ^ 1, "T6: digest");
+    BREAK(db, v->digest.hi, v->digest.hi ^ 1, "T6: digest");
+    BREAK(db, root->gen, 0, "T5: child younger");
+}
+
+static void break_leaf(kvmeta *db, struct kv_node *inner,
+                       struct kv_node *leaf)
+{
+    const struct kv_tree *t = &db->tree;
+    uint32_t keys = leaf->count;
+    unsigned char *tail = kv_tail(t, leaf, 1);
+
+    BREAK_NODE(t, leaf, leaf->count, 0, "T3: node count");
+    BREAK_NODE(t, leaf, leaf->count, t->leaf.cap + 1, "T3: node count");
+    BREAK_NODE(t, inner, leaf->level, 1, "T2: level");
+    BREAK_NODE(t, inner, leaf->gen, UINT64_MAX,
+               "T5: child younger than parent");
+    BREAK(db, kv_heads(leaf)[0], KV_HEAD_PAD, "T1: order within a node");
+    BREAK(db, tail[t->env->shape.tail_bytes - 1], 0,
+          "T1: order within a node");
+    if (keys < t->leaf.cap_padded)
+        BREAK_NODE(t, leaf, kv_heads(leaf)[keys], 0, "T4: head pad");
+}
+
+/* Goal: verify names the rule that memory breaks. Method: a store of three
+ * levels, its nodes changed one field at a time and put right again. */
+static void verify_names_the_rule_that_memory_breaks(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 16, 8);
+    kvmeta *db = NULL;
+    unsigned char key[16], value[8];
+    struct kv_version *v;
+    struct kv_node *inner, *leaf;
+    unsigned char *tail;
+
+    options.flags = KVMETA_NO_THREAD;
+    db = unit_open(u, &options);
+    for (uint64_t i = 0; i < 9000; i++) {
+        unit_key(16, i + 1, key);
+        unit_value(8, i, value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+    }
+    unit_ok(kvmeta_sync(db));
+    v = kv_tree_hold(&db->tree);
+    assert_true(v->height >= 3);
+    break_version(db, v);
+    inner = kv_children(&db->tree, v->root)[0];
+    leaf = kv_children(&db->tree, inner)[0];
+    break_leaf(db, inner, leaf);
+    /* A separator above the leaf to its right, by its head and its tail. */
+    BREAK(db, kv_heads(inner)[inner->count - 2], KV_HEAD_PAD - 1,
+          "T1: separator");
+    tail = kv_tail(&db->tree, inner, inner->count - 2);
+    BREAK(db, tail[0], 0xff, "T1: separator");
+    /* The last key of a leaf above the first of the next one. */
+    tail = kv_tail(&db->tree, leaf, leaf->count - 1);
+    BREAK(db, tail[0], 0xff, "T1: order across leaves");
+    kv_tree_drop(&db->tree, v);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+static struct unit_case cases[] = {
+    UNIT_CASE(a_system_call_that_fails_loses_nothing),
+    UNIT_CASE(a_lock_or_thread_that_is_refused_fails_the_open),
+    UNIT_CASE(a_store_works_without_the_page_that_tells_of_a_fork),
+    UNIT_CASE(the_directory_above_is_found_from_any_path),
+    UNIT_CASE(no_call_asks_for_more_than_a_gibibyte),
+    UNIT_CASE(a_listing_ends_with_what_its_caller_says),
+    UNIT_CASE(every_processor_reads_what_another_wrote),
+    UNIT_CASE(a_large_store_survives_that_pages_are_refused),
+    UNIT_CASE(a_reader_waits_while_all_slots_are_taken),
+    UNIT_CASE(verify_names_the_rule_that_memory_breaks),
+};
+
+UNIT_MAIN(cases)
