@@ -147,6 +147,30 @@ static void null_handles_are_refused(struct unit *u)
     unit_is(kvmeta_verify(NULL, NULL), KVMETA_E_INVALID);
     unit_is(kvmeta_last_error(NULL, NULL), KVMETA_E_INVALID);
     unit_is(kvmeta_stats(NULL, &stats), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_first(NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_last(NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_seek(NULL, b), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_seek_le(NULL, b), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_next(NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_prev(NULL), KVMETA_E_INVALID);
+}
+
+/* Goal: what cannot fail answers of no handle as of an empty one. */
+static void null_handles_are_empty(struct unit *u)
+{
+    const struct kvmeta_digest none = {0, 0};
+
+    (void)u;
+    assert_int_equal(kvmeta_count(NULL), 0);
+    unit_same_digest(kvmeta_digest(NULL), none);
+    assert_int_equal(kvmeta_snapshot_count(NULL), 0);
+    assert_int_equal(kvmeta_snapshot_seq(NULL), 0);
+    unit_same_digest(kvmeta_snapshot_digest(NULL), none);
+    assert_null(kvmeta_cursor_key(NULL));
+    assert_null(kvmeta_cursor_value(NULL));
+    assert_int_equal(kvmeta_batch_count(NULL), 0);
+    kvmeta_batch_clear(NULL);
+    kvmeta_options_init(NULL, 8, 8);
 }
 
 /* Goal: what may be NULL may be. */
@@ -178,7 +202,9 @@ static void null_arguments_are_refused(struct unit *u)
     unsigned char b[8] = {0}, found;
     struct kvmeta_op no_key = {KVMETA_OP_REMOVE, NULL, NULL};
     struct kvmeta_op no_value = {KVMETA_OP_PUT, b, NULL};
+    struct kvmeta_stats no_size = {0};
     kvmeta_snapshot *snapshot;
+    kvmeta_cursor *cursor;
     kvmeta_batch *batch;
 
     unit_is(kvmeta_get(db, NULL, b), KVMETA_E_INVALID);
@@ -210,10 +236,44 @@ static void null_arguments_are_refused(struct unit *u)
     unit_is(kvmeta_snapshot_get(snapshot, NULL, b), KVMETA_E_INVALID);
     unit_is(kvmeta_snapshot_get(snapshot, b, NULL), KVMETA_E_INVALID);
     unit_is(kvmeta_cursor_open(snapshot, NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_snapshot_get_many(snapshot, NULL, 1, b, &found),
+            KVMETA_E_INVALID);
+    unit_is(kvmeta_snapshot_get_many(snapshot, b, 1, NULL, &found),
+            KVMETA_E_INVALID);
+    unit_is(kvmeta_snapshot_get_many(snapshot, b, 1, b, NULL),
+            KVMETA_E_INVALID);
+    unit_ok(kvmeta_cursor_open(snapshot, &cursor));
+    unit_is(kvmeta_cursor_seek(cursor, NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_seek_le(cursor, NULL), KVMETA_E_INVALID);
+    kvmeta_cursor_close(cursor);
     kvmeta_snapshot_release(snapshot);
     unit_is(kvmeta_step(db, NULL), KVMETA_E_INVALID);
     unit_is(kvmeta_stats(db, NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_stats(db, &no_size), KVMETA_E_INVALID);
     assert_int_equal(kvmeta_count(db), 0);
+    unit_close(db);
+}
+
+/* Goal: without values, nothing asks for one. */
+static void a_set_of_keys_takes_null_for_values(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 3, 0);
+    kvmeta *db = unit_open(u, &options);
+    kvmeta_snapshot *snapshot;
+    unsigned char found[2];
+    kvmeta_batch *batch;
+
+    unit_ok(kvmeta_batch_new(db, &batch));
+    unit_ok(kvmeta_batch_put(batch, "one", NULL));
+    unit_ok(kvmeta_batch_expect(batch, "two", NULL));
+    unit_ok(kvmeta_batch_put(batch, "two", "?"));
+    unit_ok(kvmeta_commit(db, batch, 0, NULL));
+    kvmeta_batch_free(batch);
+    unit_ok(kvmeta_snapshot_take(db, &snapshot));
+    unit_ok(kvmeta_snapshot_get_many(snapshot, "onetwo", 2, NULL, found));
+    assert_memory_equal(found, "\1\1", 2);
+    unit_ok(kvmeta_snapshot_get_many(snapshot, NULL, 0, NULL, NULL));
+    kvmeta_snapshot_release(snapshot);
     unit_close(db);
 }
 
@@ -388,6 +448,8 @@ static struct unit_case cases[] = {
     UNIT_CASE(integer_keys_order_as_their_numbers),
     UNIT_CASE(options_init_sets_widths_and_zeros),
     UNIT_CASE(null_handles_are_refused),
+    UNIT_CASE(null_handles_are_empty),
+    UNIT_CASE(a_set_of_keys_takes_null_for_values),
     UNIT_CASE(null_is_allowed_where_the_header_says_so),
     UNIT_CASE(null_arguments_are_refused),
     UNIT_CASE(put_replaces_and_get_copies_exactly_the_value),

@@ -169,6 +169,7 @@ struct forked {
     struct unit *u;
     kvmeta *db;
     int failed;
+    int no_thread;
 };
 
 static void want_forked(struct forked *forked, int rc)
@@ -183,6 +184,7 @@ static int use_forked(void *arg)
     struct forked *forked = arg;
     unsigned char key[8] = {0}, value[8] = {0};
     struct kvmeta_op op = {KVMETA_OP_PUT, key, value};
+    int did;
 
     want_forked(forked, kvmeta_put(forked->db, key, value, 0));
     want_forked(forked, kvmeta_put(forked->db, key, value, KVMETA_BUFFERED));
@@ -190,6 +192,13 @@ static int use_forked(void *arg)
     want_forked(forked, kvmeta_swap(forked->db, key, value, NULL, 0));
     want_forked(forked, kvmeta_write(forked->db, &op, 1, 0, NULL));
     want_forked(forked, kvmeta_sync(forked->db));
+    want_forked(forked, kvmeta_flush(forked->db));
+    want_forked(forked, kvmeta_compact(forked->db));
+    want_forked(forked, kvmeta_wait_idle(forked->db));
+    want_forked(forked, kvmeta_verify(forked->db, NULL));
+    if (forked->no_thread) {
+        want_forked(forked, kvmeta_step(forked->db, &did));
+    }
     want_forked(forked, kvmeta_close(forked->db));
     return forked->failed;
 }
@@ -200,7 +209,7 @@ static int use_forked(void *arg)
 static void check_fork(struct unit *u, uint32_t flags)
 {
     struct kvmeta_options options = unit_options(u, 8, 8);
-    struct forked forked = {u, NULL, 0};
+    struct forked forked = {u, NULL, 0, flags == KVMETA_NO_THREAD};
 
     options.flags = flags;
     forked.db = unit_open(u, &options);
@@ -238,9 +247,10 @@ static void check_read_only(struct unit *u, uint64_t count)
     struct kvmeta_op op = {KVMETA_OP_PUT, key, value};
     kvmeta_snapshot *snapshot;
     kvmeta *db;
+    int did;
 
     unit_image_take(u->dir, &before);
-    options.flags = KVMETA_READ_ONLY;
+    options.flags = KVMETA_READ_ONLY | KVMETA_NO_THREAD;
     db = unit_open(u, &options);
     assert_true(kvmeta_count(db) == count);
     unit_holds(db, 0, count, 0);
@@ -249,6 +259,10 @@ static void check_read_only(struct unit *u, uint64_t count)
     unit_is(kvmeta_remove(db, key, 0), KVMETA_E_READONLY);
     unit_is(kvmeta_swap(db, key, value, NULL, 0), KVMETA_E_READONLY);
     unit_is(kvmeta_write(db, &op, 1, 0, NULL), KVMETA_E_READONLY);
+    unit_is(kvmeta_flush(db), KVMETA_E_READONLY);
+    unit_is(kvmeta_compact(db), KVMETA_E_READONLY);
+    unit_is(kvmeta_wait_idle(db), KVMETA_E_READONLY);
+    unit_is(kvmeta_step(db, &did), KVMETA_E_READONLY);
     unit_ok(kvmeta_snapshot_take(db, &snapshot));
     assert_true(kvmeta_snapshot_count(snapshot) == count);
     kvmeta_snapshot_release(snapshot);
@@ -259,6 +273,30 @@ static void check_read_only(struct unit *u, uint64_t count)
     unit_image_same(&before, &after);
     unit_image_free(&before);
     unit_image_free(&after);
+}
+
+/* Goal: a read-only handle tells of damage, and leaves it to others. */
+static void a_read_only_store_tells_of_damage_and_heals_nothing(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    struct kvmeta_error err;
+    char name[64];
+    kvmeta *db;
+
+    make_store(u);
+    options.flags = KVMETA_READ_ONLY;
+    db = unit_open(u, &options);
+    assert_true(unit_find(u, ".wal", 0, name)
+                || unit_find(u, ".tab", 0, name));
+    unit_flip(u, name, unit_size(u, name) / 2);
+    unit_is(kvmeta_verify(db, &err), KVMETA_E_CORRUPT);
+    assert_non_null(strstr(err.message, name));
+    unit_is(kvmeta_verify(db, &err), KVMETA_E_CORRUPT);
+    assert_int_equal(unit_stats(db).heals, 0);
+    unit_holds(db, 0, 400, 0);
+    unit_close(db);
+    options.flags = 0;
+    unit_open_fails(u, &options, KVMETA_E_CORRUPT);
 }
 
 static int write_and_die(void *arg)
@@ -472,6 +510,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_second_opener_is_busy),
     UNIT_CASE(a_forked_child_is_refused_and_its_parent_undisturbed),
     UNIT_CASE(a_read_only_store_refuses_writes_and_changes_nothing),
+    UNIT_CASE(a_read_only_store_tells_of_damage_and_heals_nothing),
     UNIT_CASE(files_of_others_are_never_touched),
     UNIT_CASE(unlisted_files_of_ours_are_deleted_and_counted),
     UNIT_CASE(error_texts_never_hold_keys_or_values),

@@ -181,6 +181,8 @@ static void struct_size_below_the_first_release_is_refused(struct unit *u)
         unit_open_fails(u, &options, KVMETA_E_INVALID);
     }
     assert_non_null(strstr(u->err.message, "struct_size"));
+    options.struct_size = SIZE_MAX;      /* nor one that cannot be meant */
+    unit_open_fails(u, &options, KVMETA_E_INVALID);
 }
 
 /* Goal: a newer caller's longer struct is accepted while the fields that
