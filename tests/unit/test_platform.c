@@ -122,26 +122,95 @@ static ssize_t os_pwrite(int fd, const void *buf, size_t bytes, off_t off)
                              : pwrite(fd, buf, bytes, off);
 }
 
-#define open(...) (os_hit(OS_OPEN) ? -1 : open(__VA_ARGS__))
-#define read(fd, p, n) (os_hit(OS_READ) ? os_failed_bytes() : read(fd, p, n))
-#define fsync(fd) (os_hit(OS_FSYNC) ? -1 : fsync(fd))
-#define fdatasync(fd) (os_hit(OS_FDATASYNC) ? -1 : fdatasync(fd))
+static int os_open(const char *path, int how)
+{
+    return os_hit(OS_OPEN) ? -1 : open(path, how);
+}
+
+static ssize_t os_read(int fd, void *p, size_t n)
+{
+    return os_hit(OS_READ) ? os_failed_bytes() : read(fd, p, n);
+}
+
+static int os_fsync(int fd)
+{
+    return os_hit(OS_FSYNC) ? -1 : fsync(fd);
+}
+
+static int os_fdatasync(int fd)
+{
+    return os_hit(OS_FDATASYNC) ? -1 : fdatasync(fd);
+}
+
+static DIR *os_fdopendir(int fd)
+{
+    return os_hit(OS_FDOPENDIR) ? NULL : fdopendir(fd);
+}
+
+static int os_fstat(int fd, struct stat *st)
+{
+    return os_hit(OS_FSTAT) ? -1 : fstat(fd, st);
+}
+
+static int os_ftruncate(int fd, off_t n)
+{
+    return os_hit(OS_FTRUNCATE) ? -1 : ftruncate(fd, n);
+}
+
+static void *os_malloc(size_t n)
+{
+    return os_hit(OS_MALLOC) ? NULL : malloc(n);
+}
+
+static int os_madvise(void *p, size_t n, int how)
+{
+    return os_hit(OS_MADVISE) ? -1 : madvise(p, n, how);
+}
+
+static long os_sysconf(int what)
+{
+    return os_hit(OS_SYSCONF) ? -1 : sysconf(what);
+}
+
+static void *os_mmap(void *at, size_t n, int prot, int how, int fd, off_t off)
+{
+    return os_hit(OS_MMAP) ? MAP_FAILED : mmap(at, n, prot, how, fd, off);
+}
+
+static int os_mutex_init(pthread_mutex_t *m, const pthread_mutexattr_t *a)
+{
+    return os_hit(OS_MUTEX) ? os_fault.error : pthread_mutex_init(m, a);
+}
+
+static int os_cond_init(pthread_cond_t *c, const pthread_condattr_t *a)
+{
+    return os_hit(OS_COND) ? os_fault.error : pthread_cond_init(c, a);
+}
+
+static int os_thread(pthread_t *t, const pthread_attr_t *a,
+                     void *(*fn)(void *arg), void *arg)
+{
+    return os_hit(OS_THREAD) ? os_fault.error : pthread_create(t, a, fn, arg);
+}
+
+/* Calls alone, so that a condition in kvmeta.c stays one. */
+#define open(path, how) os_open(path, how)
+#define read(fd, p, n) os_read(fd, p, n)
+#define fsync(fd) os_fsync(fd)
+#define fdatasync(fd) os_fdatasync(fd)
 #define close(fd) os_close(fd)
-#define fdopendir(fd) (os_hit(OS_FDOPENDIR) ? NULL : fdopendir(fd))
-#define fstat(fd, st) (os_hit(OS_FSTAT) ? -1 : fstat(fd, st))
+#define fdopendir(fd) os_fdopendir(fd)
+#define fstat(fd, st) os_fstat(fd, st)
 #define pread(fd, p, n, off) os_pread(fd, p, n, off)
 #define pwrite(fd, p, n, off) os_pwrite(fd, p, n, off)
-#define ftruncate(fd, n) (os_hit(OS_FTRUNCATE) ? -1 : ftruncate(fd, n))
-#define malloc(n) (os_hit(OS_MALLOC) ? NULL : malloc(n))
-#define mmap(...) (os_hit(OS_MMAP) ? MAP_FAILED : mmap(__VA_ARGS__))
-#define madvise(p, n, how) (os_hit(OS_MADVISE) ? -1 : madvise(p, n, how))
-#define pthread_mutex_init(m, a)                                              \
-    (os_hit(OS_MUTEX) ? os_fault.error : pthread_mutex_init(m, a))
-#define pthread_cond_init(c, a)                                               \
-    (os_hit(OS_COND) ? os_fault.error : pthread_cond_init(c, a))
-#define pthread_create(t, a, fn, arg)                                         \
-    (os_hit(OS_THREAD) ? os_fault.error : pthread_create(t, a, fn, arg))
-#define sysconf(what) (os_hit(OS_SYSCONF) ? -1 : sysconf(what))
+#define ftruncate(fd, n) os_ftruncate(fd, n)
+#define malloc(n) os_malloc(n)
+#define mmap(at, n, prot, how, fd, off) os_mmap(at, n, prot, how, fd, off)
+#define madvise(p, n, how) os_madvise(p, n, how)
+#define pthread_mutex_init(m, a) os_mutex_init(m, a)
+#define pthread_cond_init(c, a) os_cond_init(c, a)
+#define pthread_create(t, a, fn, arg) os_thread(t, a, fn, arg)
+#define sysconf(what) os_sysconf(what)
 #define sched_yield() os_yield()
 #define __builtin_cpu_supports(what) os_cpu_supports(what)
 
