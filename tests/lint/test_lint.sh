@@ -219,7 +219,7 @@ tidy() {
 
 shells() {
     need shellcheck
-    shellcheck -S warning .ci/run tests/run tests/deps tests/lint/coverage \
+    shellcheck -S warning .ci/run tests/run tests/deps \
         tests/lint/functions tests/ports/run tests/*/*.sh
 }
 

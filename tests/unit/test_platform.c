@@ -569,6 +569,27 @@ static void a_reader_waits_while_all_slots_are_taken(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: a batch that no frame of a log could hold is refused while it is
+ * made. Method: its count is set to just below. */
+static void a_batch_beyond_what_a_frame_holds_is_refused(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char key[8] = {0};
+    kvmeta_batch *batch = NULL;
+
+    unit_ok(kvmeta_batch_new(db, &batch));
+    batch->count = KV_LOG_FRAME_BYTES_MAX / kv_log_slot_bytes(&db->env.shape);
+    unit_is(kvmeta_batch_put(batch, key, key), KVMETA_E_LIMIT);
+    unit_is(kvmeta_batch_remove(batch, key), KVMETA_E_LIMIT);
+    kvmeta_batch_clear(batch);
+    unit_ok(kvmeta_batch_put(batch, key, key));
+    unit_ok(kvmeta_commit(db, batch, 0, NULL));
+    kvmeta_batch_free(batch);
+    assert_int_equal(kvmeta_count(db), 1);
+    unit_close(db);
+}
+
 /* --------------------------------------------------------------------------
  * Broken memory
  * -------------------------------------------------------------------------- */
@@ -669,6 +690,81 @@ static void verify_names_the_rule_that_memory_breaks(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: what the background keeps in memory of its tables is checked against
+ * the log that it flushes; the log is healed from memory, and nothing is
+ * lost. */
+static void a_log_that_does_not_follow_the_tables_is_healed(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+
+    for (unsigned broken = 0; broken < 2; broken++) {
+        kvmeta *db = unit_open(u, &options);
+
+        unit_fill(db, 0, 100, 0, 0);
+        if (broken)
+            db->tables_digest.lo ^= 1;
+        else
+            db->tables_seq++;
+        unit_ok(kvmeta_flush(db));
+        assert_int_equal(unit_stats(db).heals, 1);
+        assert_non_null(strstr(u->log, "log does not follow the tables"));
+        unit_ok(kvmeta_verify(db, NULL));
+        unit_close(db);
+        db = unit_open(u, &options);
+        assert_int_equal(kvmeta_count(db), 100);
+        unit_holds(db, 0, 100, 0);
+        unit_close(db);
+        unit_remove_tree(u->dir);
+        u->log_bytes = 0;
+        u->log[0] = 0;
+    }
+}
+
+/* Goal: a merge that does not balance is thrown away, its inputs stay, and
+ * compaction stops with an error that can be asked for. */
+static void a_merge_that_does_not_balance_is_discarded(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    struct kvmeta_error err;
+
+    unit_fill(db, 0, 100, 0, 0);
+    unit_ok(kvmeta_flush(db));
+    unit_fill(db, 50, 150, 7, 0);
+    unit_ok(kvmeta_flush(db));
+    db->tables[0].sum.hi ^= 1;
+    unit_is(kvmeta_compact(db), KVMETA_E_CORRUPT);
+    unit_is(kvmeta_last_error(db, &err), KVMETA_E_CORRUPT);
+    assert_non_null(strstr(err.message, "does not balance"));
+    assert_int_equal(unit_stats(db).heals, 0);
+    unit_fill(db, 150, 200, 7, 0);
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_holds(db, 0, 50, 0);
+    unit_holds(db, 50, 200, 7);
+    unit_ok(kvmeta_compact(db));
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+/* Goal: a digest that was damaged in memory reaches the log, but no table:
+ * writing stops. */
+static void a_digest_damaged_in_memory_stops_the_flush(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    unit_fill(db, 0, 10, 0, 0);
+    kv_tree_now(&db->tree)->digest.lo ^= 1;
+    unit_fill(db, 10, 20, 0, 0);
+    assert_int_not_equal(kvmeta_flush(db), KVMETA_OK);
+    assert_non_null(strstr(u->log, "do not sum up"));
+    unit_is(kvmeta_put(db, "12345678", "12345678", 0), KVMETA_E_FAILED);
+    unit_holds(db, 0, 20, 0);
+    assert_int_equal(unit_stats(db).tables, 0);
+    kvmeta_close(db);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_system_call_that_fails_loses_nothing),
     UNIT_CASE(a_lock_or_thread_that_is_refused_fails_the_open),
@@ -679,7 +775,11 @@ static struct unit_case cases[] = {
     UNIT_CASE(every_processor_reads_what_another_wrote),
     UNIT_CASE(a_large_store_survives_that_pages_are_refused),
     UNIT_CASE(a_reader_waits_while_all_slots_are_taken),
+    UNIT_CASE(a_batch_beyond_what_a_frame_holds_is_refused),
     UNIT_CASE(verify_names_the_rule_that_memory_breaks),
+    UNIT_CASE(a_log_that_does_not_follow_the_tables_is_healed),
+    UNIT_CASE(a_merge_that_does_not_balance_is_discarded),
+    UNIT_CASE(a_digest_damaged_in_memory_stops_the_flush),
 };
 
 UNIT_MAIN(cases)
