@@ -14,13 +14,13 @@ struct life_totals life_totals;
 int life_trace;
 
 const struct life_config life_configs[] = {
-    {"512", 512, 1, 512, 8, 16, 1500},
-    {"4096-sectors", 4096, 0, 512, 8, 16, 1500},
-    {"4096-aligned", 4096, 1, 4096, 8, 16, 1500},
-    {"wide", 512, 1, 512, 20, 2000, 36},
-    {"odd", 512, 1, 512, 9, 0, 3000},
-    {"tiny-align", 512, 1, 512, 1, 1, 250},
-    {NULL, 0, 0, 0, 0, 0, 0},
+    {"512", 512, 1, 512, 8, 16, 1500, 100},
+    {"4096-sectors", 4096, 0, 512, 8, 16, 1500, 100},
+    {"4096-aligned", 4096, 1, 4096, 8, 16, 1500, 100},
+    {"wide", 512, 1, 512, 20, 2000, 36, 3},
+    {"odd", 512, 1, 512, 9, 0, 3000, 3},
+    {"tiny-align", 512, 1, 512, 1, 1, 250, 3},
+    {NULL, 0, 0, 0, 0, 0, 0, 0},
 };
 
 #define KEYS 9
@@ -182,7 +182,7 @@ static void fill_options(struct life *life, struct kvmeta_options *options)
     options->log_align = config->log_align;
     options->log_bytes_max = 65536;
     options->merge_window = 2;
-    options->merge_ratio = 100;
+    options->merge_ratio = life->config->merge_ratio;
     options->zstd_level = -1;
     options->open_threads = 1;
     options->realloc_fn = test_realloc;

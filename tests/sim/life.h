@@ -30,6 +30,7 @@ struct life_config {
     uint32_t key_bytes;
     uint32_t value_bytes;
     uint32_t big_batch;                  /* records of operation 'g' */
+    uint32_t merge_ratio;
 };
 
 /* Those that the tests use; the last one's `name` is NULL. */
