@@ -5980,7 +5980,7 @@ static int kv_table_writer_finish(struct kv_table_writer *w,
     rc = kv_table_writer_end(w, &t, err);
     if (rc) return rc;
     kv_table_writer_free(w);
-    rc = kv_file_sync(w->job->env, &w->file, err);
+    if (!KV_MUTANT(12)) rc = kv_file_sync(w->job->env, &w->file, err);
     if (rc) return rc;
     rc = kv_table_load(w->job->env, &t, err);
     if (!rc) rc = kv_table_check_records(w->job, &t, err);
@@ -6603,6 +6603,7 @@ static uint64_t kv_log_evidence(const struct kv_env *env,
     uint64_t highest = 0;
     struct kv_frame f;
 
+    if (KV_MUTANT(16)) return 0;
     for (uint64_t pos = kv_log_first(run->head.align);
          pos + KV_FRAME_BYTES <= run->size; pos += 8) {
         if (kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, &f))
@@ -6679,7 +6680,8 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
         if (rc) return rc;
     }
     if (meta->live) return kv_run_check_tail(env, run, file, acked, err);
-    if (run->end != meta->bytes || run->last_hcrc != meta->last_hcrc)
+    if (!KV_MUTANT(19)
+        && (run->end != meta->bytes || run->last_hcrc != meta->last_hcrc))
         return kv_fail_corrupt(err, file, run->end,
                                "sealed log: damaged frame");
     run->torn_reason = KVMETA_TORN_NONE;
@@ -7270,7 +7272,7 @@ static int kv_manifest_write_tmp(struct kv_env *env,
 
     if (!image) return kv_fail_memory(err, second + bytes);
     kv_manifest_encode(env, m, image);
-    memcpy(image + second, image, bytes);
+    if (!KV_MUTANT(17)) memcpy(image + second, image, bytes);
     rc = kv_file_unlink(env, KV_FILE_MANIFEST_TMP, 0, err);
     if (!rc)
         rc = kv_file_open(env, KV_FILE_MANIFEST_TMP, 0, KVMETA_VFS_WRITE
@@ -7920,6 +7922,8 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
         next.logs_count = kept;
         next.seq = seq;
         next.digest = digest;
+        if (KV_MUTANT(13) && gone_count)
+            kv_job_unlink(db, KV_FILE_LOG, gone[0].id);
         rc = kv_store_swap(db, &next, NULL, &undone, err);
     }
     pthread_mutex_unlock(&db->swap_lock);
@@ -8076,7 +8080,8 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
                         NULL, &in, err);
     in.merge.balance = true;
     if (!rc)
-        rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base, first == 0,
+        rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base,
+                          first == 0 || KV_MUTANT(15),
                           db->tables[first].meta.seq_first,
                           db->tables[last - 1].meta.seq_last, &dropped,
                           &table, err);
@@ -8852,7 +8857,8 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
     if (db->log.file.open)
         rc = kv_commit_log(db, edit.version->digest, sync, &err);
     if (rc) {
-        kv_edit_abort(&edit);
+        if (KV_MUTANT(14) && seq != base) kv_edit_publish(&edit, seq);
+        else kv_edit_abort(&edit);
         kv_log_buffer_drop(&db->buffer);
         for (struct kv_request *r = group; r; r = r->next)
             if (r->rc == KVMETA_OK) r->rc = rc;
@@ -9488,7 +9494,8 @@ static int kv_recover_check_files(struct kv_recovery *rec,
     int rc = KVMETA_OK;
 
     for (unsigned i = 0; i < 2; i++)
-        if (rec->marks[i].counter && rec->marks[i].gen > db->manifest.gen)
+        if (rec->marks[i].counter && rec->marks[i].gen > db->manifest.gen
+            && !KV_MUTANT(18))
             return kv_fail_corrupt(err, &manifest, 32,
                                    "generation %llu, but LOCK has seen %llu: "
                                    "the manifest is stale",

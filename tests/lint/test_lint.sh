@@ -220,7 +220,8 @@ tidy() {
 shells() {
     need shellcheck
     shellcheck -S warning .ci/run tests/run tests/deps \
-        tests/lint/functions tests/ports/run tests/*/*.sh
+        tests/lint/functions tests/mutants/protocol tests/ports/run \
+        tests/*/*.sh
 }
 
 # Those of tests/bench are built where the other stores are installed.
