@@ -194,6 +194,22 @@ static void flipped_bits_of_tables_and_logs_are_corrupt(struct unit *u)
     check_store(u);
 }
 
+/* Goal: the offset in a message is the right one. Method: a log's header is
+ * one piece, so any flip in it is damage at 0. */
+static void a_damaged_log_header_is_named_with_its_place(struct unit *u)
+{
+    char name[64], place[80];
+
+    make_store(u);
+    assert_true(unit_find(u, ".wal", 0, name));
+    snprintf(place, sizeof place, "%s: at 0: ", name);
+    unit_flip(u, name, 3);
+    want_corrupt(u, name);
+    assert_non_null(strstr(u->err.message, place));
+    unit_flip(u, name, 3);
+    check_store(u);
+}
+
 static void truncate_everywhere(struct unit *u, const char *name)
 {
     uint64_t bytes = unit_size(u, name), step = bytes / 60 + 1, cut;
@@ -439,6 +455,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_file_of_another_store_is_corrupt),
     UNIT_CASE(a_stale_manifest_is_corrupt),
     UNIT_CASE(flipped_bits_of_tables_and_logs_are_corrupt),
+    UNIT_CASE(a_damaged_log_header_is_named_with_its_place),
     UNIT_CASE(truncated_and_extended_files_are_corrupt),
     UNIT_CASE(one_damaged_manifest_copy_heals_and_two_are_corrupt),
     UNIT_CASE(damaged_marks_after_a_close_lose_nothing),

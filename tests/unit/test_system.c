@@ -480,6 +480,36 @@ static void a_limit_on_file_size_fails_the_flush(struct unit *u)
     unit_close(db);
 }
 
+/* --------------------------------------------------------------------------
+ * The clock
+ * -------------------------------------------------------------------------- */
+
+static uint64_t monotonic_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Goal: what is due by the clock is due in real time. Method: the clock of
+ * the built-in calls, between two looks at the system's. */
+static void the_clock_is_the_monotonic_one(struct unit *u)
+{
+    const struct kvmeta_vfs *vfs = kvmeta_vfs_posix();
+    uint64_t before, now, after;
+    int i;
+
+    (void)u;
+    for (i = 0; i < 100; i++) {
+        before = monotonic_ns();
+        now = vfs->clock_ns(vfs->user);
+        after = monotonic_ns();
+        assert_true(before <= now);
+        assert_true(now <= after);
+    }
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_full_disk_fails_the_write_and_loses_nothing),
     UNIT_CASE(a_full_disk_fails_the_flush_and_the_compaction),
@@ -491,6 +521,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_limit_on_file_size_fails_the_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_durable_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_flush),
+    UNIT_CASE(the_clock_is_the_monotonic_one),
 };
 
 UNIT_MAIN(cases)
