@@ -48,6 +48,29 @@ static void get_many_keeps_the_places_of_missing_keys(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: what is only buffered is found, from the first record on. Method: one
+ * put after the other, and after each all keys at once. */
+static void get_many_sees_every_number_of_buffered_puts(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char keys[80], values[80], found[10];
+    uint64_t i, n;
+
+    for (i = 0; i < 10; i++) {
+        unit_key(8, i, keys + 8 * i);
+    }
+    for (n = 0; n < 10; n++) {
+        unit_ok(kvmeta_put(db, keys + 8 * n, keys + 8 * n, KVMETA_BUFFERED));
+        unit_ok(kvmeta_get_many(db, keys, 10, values, found));
+        for (i = 0; i < 10; i++) {
+            assert_int_equal(found[i], i <= n);
+        }
+        assert_memory_equal(values, keys, 8 * (n + 1));
+    }
+    unit_close(db);
+}
+
 static int scan_never(void *user, const void *key, const void *value)
 {
     (void)user, (void)key, (void)value;
@@ -382,6 +405,7 @@ static void a_snapshot_does_not_see_puts_that_wait(struct unit *u)
 
 static struct unit_case cases[] = {
     UNIT_CASE(get_many_keeps_the_places_of_missing_keys),
+    UNIT_CASE(get_many_sees_every_number_of_buffered_puts),
     UNIT_CASE(scan_sees_its_range_in_order),
     UNIT_CASE(scan_keeps_its_state_while_its_function_writes),
     UNIT_CASE(digest_does_not_depend_on_history),
