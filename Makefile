@@ -256,6 +256,19 @@ rot-compare:
 fuzz fuzz-all:
 	@$(MAKE) --no-print-directory -C fuzz $@
 
+# Faults put into kvmeta.c, to show that the tests notice.
+COUNT ?= 100
+SEED  ?= 1
+
+.PHONY: mutants mutants-source
+mutants:
+	@CC='$(CC)' tests/mutants/protocol
+
+mutants-source:
+	@command -v python3 >/dev/null || \
+	    { echo 'SKIPPED: no python3 here, no mutant was run'; exit 1; }
+	@CC='$(CC)' tests/mutants/source --seed $(SEED) --count $(COUNT)
+
 # ---------------------------------------------------------------------------
 # The rest
 # ---------------------------------------------------------------------------
@@ -279,6 +292,8 @@ help:
 	  'make bench           benchmarks; bench-peers: beside other stores' \
 	  'make rot-compare     the same damage to kvmeta and to other stores' \
 	  'make fuzz T=ops SECONDS=60   one fuzzer; fuzz-all: each of them' \
+  'make mutants         break each rule of the protocol: do tests notice?' \
+  'make mutants-source COUNT=100   the same with small faults in the source' \
 	  'make install         to PREFIX=$(PREFIX), below DESTDIR' \
 	  'make clean'
 
