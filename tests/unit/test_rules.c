@@ -1,8 +1,9 @@
 /*
- * The rules of manifests and log frames, asked one by one: what passes its
- * sum and breaks a rule is damage, never a torn tail. No file of ours breaks
- * them, and no bit that flips gets past the sums, so kvmeta.c is compiled in
- * and its checks are called with what a fault or an enemy may have written.
+ * Sums, and the rules of manifests and log frames, asked one by one: what
+ * passes its sum and breaks a rule is damage, never a torn tail. No file of
+ * ours breaks them, and no bit that flips gets past the sums, so kvmeta.c is
+ * compiled in and its checks are called with what a fault or an enemy may
+ * have written.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -174,11 +175,41 @@ static void a_frame_keeps_each_rule(void **state)
     FRAME(entry[0] = KV_ENTRY_REMOVE, "pad not zero");
 }
 
+/* --------------------------------------------------------------------------
+ * Sums
+ * -------------------------------------------------------------------------- */
+
+/* Goal: a store may move between machines: the sums are CRC32C, with the
+ * processor's instruction and without. Method: the known sum of "123456789",
+ * then bytes of every length, in two parts. */
+static void sums_are_the_same_with_and_without_hardware(void **state)
+{
+    static struct kv_crc hard, soft;
+    struct test_rng rng = {test_args.seed};
+    unsigned char bytes[300];
+    uint32_t sum;
+    size_t n;
+
+    (void)state;
+    kv_crc_init(&hard, true);
+    kv_crc_init(&soft, false);
+    assert_false(soft.hardware);
+    assert_int_equal(kv_crc_add(&soft, 0, "123456789", 9), 0xe3069283u);
+    assert_int_equal(kv_crc_add(&hard, 0, "123456789", 9), 0xe3069283u);
+    test_rng_bytes(&rng, bytes, sizeof bytes);
+    for (n = 0; n <= sizeof bytes; n++) {
+        sum = kv_crc_add(&soft, 1, bytes, n / 3);
+        sum = kv_crc_add(&soft, sum, bytes + n / 3, n - n / 3);
+        assert_int_equal(kv_crc_add(&hard, 1, bytes, n), sum);
+    }
+}
+
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_manifest_keeps_each_rule),
         cmocka_unit_test(a_frame_keeps_each_rule),
+        cmocka_unit_test(sums_are_the_same_with_and_without_hardware),
     };
 
     test_parse_args(argc, argv);
