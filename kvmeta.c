@@ -6618,7 +6618,8 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
                              struct kvmeta_error *err)
 {
     static const char *const wrong[] = {
-        "", "no valid frame header", "frame: body crc", "frame: broken chain"
+        "the log ends", "no valid frame header", "frame: body crc",
+        "frame: broken chain"
     };
     uint64_t used = run->size;
 
@@ -10602,13 +10603,13 @@ int kvmeta_verify(kvmeta *db, struct kvmeta_error *err)
     if (!err) err = &own;
     memset(err, 0, sizeof *err);
     if (!db) return kv_fail(err, KVMETA_E_INVALID, 0, "NULL argument");
+    if (kv_forked(db))
+        return kv_fail(err, KVMETA_E_FORKED, 0, "forked child");
     v = kv_tree_hold(&db->tree);
     rule = kv_tree_check(&db->tree, v);
     kv_tree_drop(&db->tree, v);
     if (rule)
         return kv_fail(err, KVMETA_E_CORRUPT, 0, "memory: %s", rule);
-    if (kv_forked(db))
-        return kv_fail(err, KVMETA_E_FORKED, 0, "forked child");
     pthread_mutex_lock(&db->job_lock);
     rc = kv_verify_files(db, err);
     pthread_mutex_unlock(&db->job_lock);

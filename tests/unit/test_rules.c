@@ -100,6 +100,7 @@ struct log {
     struct kv_run run;
     struct kv_file file;
     struct kv_frame frame;
+    struct kv_item items[2];
     unsigned char bytes[1536];
 };
 
@@ -112,6 +113,8 @@ static void good_log(struct log *log)
     log->file.kind = KV_FILE_LOG;
     log->run.bytes = log->bytes;
     log->run.size = sizeof log->bytes;
+    log->run.items = log->items;
+    log->run.cap = 2;
     log->run.head.align = 512;
     log->run.head.slot_bytes = kv_log_slot_bytes(&log->env.shape);
     log->run.head.first_seq = 7;
@@ -137,7 +140,6 @@ static void want_frame(struct log *log, int rc, const char *message)
         assert_non_null(strstr(err.message, message));
         assert_true(log->run.batches == batches);
     }
-    kv_free(&log->env, log->run.items);
 }
 
 #define FRAME(change, message) do { \
