@@ -9,7 +9,7 @@
  *     configuration, limits, codec, CRC32C, digest   plain functions
  *     environment      errors, memory, log callback
  *     files, POSIX     the only system calls on files
- *     node memory, tree, versions, edits, cursors, bulk load
+ *     node memory, tree, versions, edits, delta, cursors, bulk load
  *                      all that is in memory; no I/O
  *     jobs, merge, planes, blocks, tables
  *                      sorted tables: merge, encode, read, write
@@ -101,6 +101,8 @@
  *   C3  what has reached the log cannot fail in memory
  *   P2  the digest of what was recovered is the one that was stored
  *   V1  a node is freed only when no version that may be read sees it
+ *   D2  puts that wait in a delta can no longer fail
+ *   D4  a version that is held has no puts waiting
  *   E1  a node is changed only if it was made in the edit's own generation
  *
  * 5. LOCKS, in the order in which they are taken:

@@ -406,8 +406,10 @@ KVMETA_API int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch,
  * -------------------------------------------------------------------------- */
 
 /*
- * Takes the state of this moment: O(1), waits for nobody, and stays as it is
- * whatever is written. It costs the memory of what is changed while it lives.
+ * Takes the state of this moment, which stays as it is whatever is written. A
+ * few microseconds, however many records there are: it waits for no disk, and
+ * for writers only while up to 32 buffered puts find their places in memory.
+ * It costs the memory of what is changed while it lives.
  * May be read by many threads at once. KVMETA_E_NOMEM.
  */
 KVMETA_API int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot);
