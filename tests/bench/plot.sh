@@ -43,6 +43,7 @@ throughput() {
             for (e = 1; e <= m; e++) printf " %s", engines[e] > out
             printf "\n" > out
             for (w = 1; w <= n; w++) {
+                if (!((max, want[w], "kvmeta") in value)) continue
                 name = want[w]
                 gsub("_", " ", name)
                 printf "\"%s\"", name > out
