@@ -2159,6 +2159,13 @@ static bool kv_tree_close_gate(struct kv_tree *t)
     return false;
 }
 
+/* Should the background prepare a slab? Not where memory has a bound: a
+ * prepared slab is not counted against it. */
+static bool kv_tree_wants_slab(const struct kv_tree *t)
+{
+    return t->leaves.ahead_wanted && t->memory_bytes_max == 0;
+}
+
 /* The memory of a version, with its delta. */
 static struct kv_version *kv_version_new(const struct kv_tree *t)
 {
@@ -3136,8 +3143,8 @@ static void kv_tree_get_many(const struct kv_tree *t,
         if (!value) continue;
         found[i] = 1;
         if (shape->value_bytes)
-            memcpy(values + i * shape->value_bytes, value,
-                   shape->value_bytes);
+            kv_copy(values + i * shape->value_bytes, value,
+                    shape->value_bytes);
     }
 }
 
@@ -3648,7 +3655,8 @@ static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
 {
     memset(u, 0, sizeof *u);
     pthread_mutex_lock(&t->lock);
-    u->resident_bytes = t->leaves.bytes + t->inners.bytes;
+    u->resident_bytes = t->leaves.bytes + t->inners.bytes
+        + (t->leaves.ahead ? KV_SLAB_BYTES : 0);
     u->pinned_bytes = t->dead_bytes;
     u->copied = t->copied;
     u->in_place = t->in_place;
@@ -8328,7 +8336,7 @@ static enum kv_step kv_plan_ahead(struct kvmeta *db)
     pthread_mutex_lock(&db->state_lock);
     prepared = db->prepared.file.open;
     pthread_mutex_unlock(&db->state_lock);
-    if (db->tree.leaves.ahead_wanted) return KV_STEP_SLAB;
+    if (kv_tree_wants_slab(&db->tree)) return KV_STEP_SLAB;
     if (end < db->background_synced) db->background_synced = 0;
     if (end < db->options.log_bytes_max / 2) return KV_STEP_NONE;
     if (!prepared) return KV_STEP_PREPARE;
@@ -8778,7 +8786,7 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
         if (batches > db->counters.group_commits_max)
             db->counters.group_commits_max = batches;
         db->log_end = log->end;
-        if (db->tree.leaves.ahead_wanted
+        if (kv_tree_wants_slab(&db->tree)
             || (log->end >= db->options.log_bytes_max / 2
                 && start / kv_log_step_bytes(db)
                 != log->end / kv_log_step_bytes(db)))

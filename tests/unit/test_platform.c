@@ -793,6 +793,65 @@ static void a_digest_damaged_in_memory_stops_the_flush(struct unit *u)
     kvmeta_close(db);
 }
 
+/* A tree whose leaves hold enough memory to get slabs ahead; nothing of it is
+ * touched. */
+static void large_tree(struct kv_tree *t, struct kv_env *env,
+                       uint64_t memory_bytes_max)
+{
+    memset(env, 0, sizeof *env);
+    assert_int_equal(kv_shape_init(&env->shape, 8, 8), 0);
+    assert_int_equal(kv_tree_init(t, env, memory_bytes_max, NULL), 0);
+    while (t->leaves.bytes < KV_AHEAD_MIN + KV_SLAB_BYTES) {
+        assert_int_equal(kv_pool_grow(&t->leaves, UINT64_MAX, NULL), 0);
+    }
+}
+
+/* Goal: a large tree gets its next slab from the background, one at a time;
+ * it is used first and counted as resident; without memory nothing happens. */
+static void a_large_tree_gets_its_next_slab_ahead(struct unit *u)
+{
+    struct kv_tree_usage before, after;
+    struct kv_env env;
+    struct kv_tree t;
+    void *ahead;
+
+    (void)u;
+    large_tree(&t, &env, 0);
+    assert_true(kv_tree_wants_slab(&t));
+    os_fail(OS_MMAP, 1, ENOMEM);
+    kv_pool_prepare(&t.leaves);
+    os_fail(OS_NONE, 0, 0);
+    assert_null(t.leaves.ahead);
+    assert_false(kv_tree_wants_slab(&t));
+    kv_tree_usage(&t, &before);
+    kv_pool_prepare(&t.leaves);
+    ahead = t.leaves.ahead;
+    assert_non_null(ahead);
+    kv_pool_prepare(&t.leaves);
+    assert_ptr_equal(t.leaves.ahead, ahead);
+    kv_tree_usage(&t, &after);
+    assert_true(after.resident_bytes == before.resident_bytes
+                                        + KV_SLAB_BYTES);
+    assert_int_equal(kv_pool_grow(&t.leaves, UINT64_MAX, NULL), 0);
+    assert_null(t.leaves.ahead);
+    assert_ptr_equal(t.leaves.open_last->memory, ahead);
+    assert_true(kv_tree_wants_slab(&t));
+    kv_tree_free(&t);
+}
+
+/* Goal: a tree with a bound of its memory has nothing beside it. */
+static void a_bounded_tree_gets_no_slab_ahead(struct unit *u)
+{
+    struct kv_env env;
+    struct kv_tree t;
+
+    (void)u;
+    large_tree(&t, &env, UINT64_C(1) << 30);
+    assert_true(t.leaves.ahead_wanted);
+    assert_false(kv_tree_wants_slab(&t));
+    kv_tree_free(&t);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_system_call_that_fails_loses_nothing),
     UNIT_CASE(a_lock_or_thread_that_is_refused_fails_the_open),
@@ -809,6 +868,8 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_log_that_does_not_follow_the_tables_is_healed),
     UNIT_CASE(a_merge_that_does_not_balance_is_discarded),
     UNIT_CASE(a_digest_damaged_in_memory_stops_the_flush),
+    UNIT_CASE(a_large_tree_gets_its_next_slab_ahead),
+    UNIT_CASE(a_bounded_tree_gets_no_slab_ahead),
 };
 
 UNIT_MAIN(cases)
