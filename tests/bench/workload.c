@@ -681,10 +681,16 @@ static void measure_compact(struct bed *bed, const struct source *source)
     };
     uint64_t before;
     uint64_t peak;
+    void *writer;
 
     if (!run_wants_any(bed->run, names) || bed->engine->compact == NULL) {
         return;
     }
+    /* A store that has settled may have nothing left to compact. */
+    writer = bed->engine->writer_open(bed->store);
+    (void)overwrite(bed, writer, source, 0, bed->run->records / 10);
+    bed->engine->writer_close(writer);
+    bed_settle(bed);
     resident_peak_reset();
     before = resident_bytes();
     bed->engine->compact(bed->store);
