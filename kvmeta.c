@@ -7352,13 +7352,12 @@ struct kv_request {
     void *previous;               /* value_bytes, or NULL: of the last op */
     bool found;                   /* the last op met a record */
     bool changed;                 /* something was logged for it */
-    bool queued;
     bool lead;                    /* the right has been handed over */
     bool done;
     int rc;
     uint64_t seq;
+    unsigned room;                /* where it waits */
     struct kv_request *next;
-    pthread_cond_t wake;          /* made only when it must wait */
 };
 
 struct kv_counters {
@@ -7407,6 +7406,8 @@ struct kvmeta {
     struct kv_request *queue_first;
     struct kv_request *queue_last;
     _Atomic size_t queue_count;
+    pthread_cond_t rooms[2];        /* a group leaves its room all at once */
+    unsigned room;                  /* of those who come now */
     size_t last_group;              /* requests that shared the last sync */
     _Atomic int right;              /* enum kv_right */
 
@@ -7619,6 +7620,7 @@ enum kv_right {
 static void kv_queue_push(struct kvmeta *db, struct kv_request *r)
 {
     r->next = NULL;
+    r->room = db->room;
     if (db->queue_last)
         db->queue_last->next = r;
     else
@@ -7652,11 +7654,9 @@ static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
         return true;
     pthread_mutex_lock(&db->queue_lock);
     if (atomic_exchange(&db->right, KV_RIGHT_QUEUED) != KV_RIGHT_FREE) {
-        pthread_cond_init(&r->wake, NULL);
         kv_queue_push(db, r);
         while (!r->done && !r->lead)
-            pthread_cond_wait(&r->wake, &db->queue_lock);
-        pthread_cond_destroy(&r->wake);
+            pthread_cond_wait(&db->rooms[r->room], &db->queue_lock);
         lead = r->lead;
         assert(lead != r->done);
         if (lead) db->counters.leader_handovers++;
@@ -7671,27 +7671,27 @@ static void kv_right_give(struct kvmeta *db, struct kv_request *group)
 {
     struct kv_request *r = group ? group->next : NULL;
     int expected = KV_RIGHT_TAKEN;
+    bool wake[2] = {false, false};
 
     if (KV_LIKELY(!r) && KV_LIKELY(atomic_compare_exchange_strong(
                              &db->right, &expected, KV_RIGHT_FREE)))
         return;
     pthread_mutex_lock(&db->queue_lock);
     assert(db->right != KV_RIGHT_FREE);
-    while (r) {
-        struct kv_request *next = r->next;
-
-        r->done = true;           /* its memory may be gone after unlock */
-        pthread_cond_signal(&r->wake);
-        r = next;
+    for (; r; r = r->next) {      /* their memory may be gone after unlock */
+        wake[r->room] = true;
+        r->done = true;
     }
     if (db->queue_first) {
         r = kv_queue_pop(db);
+        wake[r->room] = true;
         r->lead = true;
-        pthread_cond_signal(&r->wake);
     } else {
         db->right = KV_RIGHT_FREE;
     }
     pthread_mutex_unlock(&db->queue_lock);
+    if (wake[0]) pthread_cond_broadcast(&db->rooms[0]);
+    if (wake[1]) pthread_cond_broadcast(&db->rooms[1]);
 }
 
 /* ==========================================================================
@@ -8952,6 +8952,7 @@ static void kv_commit_gather(struct kvmeta *db, struct kv_request *first)
         count++;
     }
     db->last_group = count;
+    if (!db->queue_first) db->room = 1 - db->room;
     pthread_mutex_unlock(&db->queue_lock);
 }
 
@@ -9684,6 +9685,8 @@ static void kv_store_free(struct kvmeta *db)
         pthread_mutex_destroy(&db->swap_lock);
         pthread_mutex_destroy(&db->mark_lock);
         pthread_mutex_destroy(&db->state_lock);
+        pthread_cond_destroy(&db->rooms[0]);
+        pthread_cond_destroy(&db->rooms[1]);
         pthread_cond_destroy(&db->work);
         pthread_cond_destroy(&db->progress);
     }
@@ -9699,6 +9702,8 @@ static int kv_store_make_locks(struct kvmeta *db)
     if (!e) e = pthread_mutex_init(&db->swap_lock, NULL);
     if (!e) e = pthread_mutex_init(&db->mark_lock, NULL);
     if (!e) e = pthread_mutex_init(&db->state_lock, NULL);
+    if (!e) e = pthread_cond_init(&db->rooms[0], NULL);
+    if (!e) e = pthread_cond_init(&db->rooms[1], NULL);
     if (!e) e = pthread_cond_init(&db->work, NULL);
     if (!e) e = pthread_cond_init(&db->progress, NULL);
     db->locks_made = e == 0;
