@@ -1501,7 +1501,7 @@ struct kv_layout {
  * but for the delta, which grows; see the next section for the exception.
  * The delta's records follow the struct; later ones hide earlier ones. */
 struct kv_version {
-    int64_t delta_heads[KV_BATCH];
+    _Atomic uint64_t delta_prints[KV_BATCH / 4];  /* fingerprints, 16 bits */
     _Atomic uint32_t delta_count;
     struct kv_node *root;         /* NULL: no records */
     uint32_t height;              /* levels; 0 without records */
@@ -2955,18 +2955,66 @@ static size_t kv_delta_count(const struct kv_version *v)
     return atomic_load_explicit(&v->delta_count, memory_order_acquire);
 }
 
-/* The value of the last of the first n puts with this key, or NULL. */
+#define KV_PRINT_MULTIPLIER 0x9e3779b97f4a7c15ull   /* 2^64 / golden ratio */
+
+/* A key's fingerprint, by Fibonacci hashing (Knuth, volume 3, 6.4); 0 is that
+ * of a free place. */
+static uint64_t kv_delta_print(const struct kv_tree *t, const void *key)
+{
+    const struct kv_shape *shape = &t->env->shape;
+    const unsigned char *end = (const unsigned char *)key + shape->key_bytes;
+    uint64_t hash = kv_key_head(shape, key);
+
+    if (shape->key_bytes > 8) hash ^= kv_load_le64(end - 8) * KV_PRINT_MULTIPLIER;
+    return (hash * KV_PRINT_MULTIPLIER) >> 48 | 1;
+}
+
+/* Can the delta have a put with this key? It has not, mostly; and while
+ * another thread puts, this is the only line of the delta that is read. */
+static bool kv_delta_may_have(const struct kv_tree *t,
+                              const struct kv_version *v, const void *key)
+{
+    const uint64_t ones = 0x0001000100010001;
+    uint64_t prints = kv_delta_print(t, key) * ones;
+    uint64_t zeros = 0;
+
+    for (size_t i = 0; i < KV_BATCH / 4; i++) {
+        uint64_t x = prints ^ atomic_load_explicit(&v->delta_prints[i],
+                                                   memory_order_relaxed);
+
+        zeros |= (x - ones) & ~x;
+    }
+    return (zeros & ones << 15) != 0;
+}
+
+static void kv_delta_print_set(struct kv_version *v, size_t i, uint64_t print)
+{
+    uint64_t prints = atomic_load_explicit(&v->delta_prints[i / 4],
+                                           memory_order_relaxed);
+
+    atomic_store_explicit(&v->delta_prints[i / 4],
+                          prints | print << i % 4 * 16, memory_order_relaxed);
+}
+
+static void kv_delta_clear(struct kv_version *v)
+{
+    for (size_t i = 0; i < KV_BATCH / 4; i++)
+        atomic_store_explicit(&v->delta_prints[i], 0, memory_order_relaxed);
+    atomic_store_explicit(&v->delta_count, 0, memory_order_relaxed);
+}
+
+/* The value of the last put with this key, or NULL. */
 static const unsigned char *kv_delta_find(const struct kv_tree *t,
                                           const struct kv_version *v,
-                                          size_t n, const void *key)
+                                          const void *key)
 {
-    int64_t head = kv_probe_make(t, key).head;
+    size_t n;
 
+    if (KV_LIKELY(!kv_delta_may_have(t, v, key))) return NULL;
+    n = kv_delta_count(v);
     while (n-- > 0) {
-        const unsigned char *record;
+        const unsigned char *record = kv_delta_record(t, v, n);
 
-        if (KV_LIKELY(v->delta_heads[n] != head)) continue;
-        record = kv_delta_record(t, v, n);
         if (kv_same(record, key, t->env->shape.key_bytes))
             return record + t->env->shape.key_bytes;
     }
@@ -2999,8 +3047,7 @@ static void kv_delta_settle_locked(struct kv_tree *t)
     assert(rc == KVMETA_OK);
     (void)rc;
     kv_edit_apply(&e, changes, n, found);
-    if (e.in_place)
-        atomic_store_explicit(&v->delta_count, 0, memory_order_relaxed);
+    if (e.in_place) kv_delta_clear(v);
     kv_edit_publish(&e, v->seq + n);
 }
 
@@ -3046,7 +3093,7 @@ static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
         record = kv_delta_record(t, v, (size_t)n);
         kv_copy(record, key, shape->key_bytes);
         kv_copy(record + shape->key_bytes, value, shape->value_bytes);
-        v->delta_heads[n] = kv_probe_make(t, key).head;
+        kv_delta_print_set(v, (size_t)n, kv_delta_print(t, key));
         *seq = v->seq + (unsigned)n + 1;
         atomic_store_explicit(&v->delta_count, (unsigned)n + 1,
                               memory_order_release);
@@ -3119,10 +3166,8 @@ static const unsigned char *kv_tree_get(const struct kv_tree *t,
                                         const struct kv_version *v,
                                         const void *key)
 {
-    size_t n = kv_delta_count(v);
-    const unsigned char *value = NULL;
+    const unsigned char *value = kv_delta_find(t, v, key);
 
-    if (n > 0) value = kv_delta_find(t, v, n, key);
     return value ? value : kv_tree_find(t, v, key);
 }
 
@@ -3133,12 +3178,11 @@ static void kv_tree_get_many(const struct kv_tree *t,
                              unsigned char *values, unsigned char *found)
 {
     const struct kv_shape *shape = &t->env->shape;
-    size_t delta = kv_delta_count(v);
 
     kv_tree_find_many(t, v, keys, n, values, found);
-    for (size_t i = 0; delta > 0 && i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         const unsigned char *value =
-            kv_delta_find(t, v, delta, keys + i * shape->key_bytes);
+            kv_delta_find(t, v, keys + i * shape->key_bytes);
 
         if (!value) continue;
         found[i] = 1;
