@@ -203,12 +203,14 @@
 #  define KV_LIKELY(x) __builtin_expect(!!(x), 1)
 #  define KV_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #  define KV_PREFETCH(p) __builtin_prefetch(p)
+#  define KV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #  define KV_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #  define KV_NOINLINE __attribute__((noinline))
 #else
 #  define KV_LIKELY(x) (x)
 #  define KV_UNLIKELY(x) (x)
 #  define KV_PREFETCH(p) ((void)(p))
+#  define KV_PREFETCH_L2(p) ((void)(p))
 #  define KV_PRINTF(fmt, args)
 #  define KV_NOINLINE
 #endif
@@ -3195,16 +3197,24 @@ static void kv_tree_get_many(const struct kv_tree *t,
 /* ==========================================================================
  * Cursors
  *
- * A path through a held version. Moving within a leaf touches the cursor and
- * the leaf only. Carries (K1): index[0] is a record of nodes[0] while `valid`.
+ * A path through a held version. Moving within a leaf touches the cursor
+ * only. Carries (K1): i < n, the records of the leaf, or n is 0.
  * ========================================================================== */
+
+/* A key with the whole of its head, even if it is shorter than that. */
+enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
 
 struct kv_cursor {
     const struct kv_tree *tree;
     const struct kv_version *version;
-    struct kv_path path;
-    bool valid;
-    _Alignas(16) unsigned char key[KVMETA_KEY_BYTES_MAX + 8];
+    const int64_t *heads;         /* of the leaf, as the next four */
+    const unsigned char *tails;
+    const unsigned char *values;
+    size_t i;
+    size_t n;                     /* 0: the cursor is on no record */
+    size_t tail_bytes;
+    size_t value_bytes;
+    struct kv_path path;          /* down to the leaf */
 };
 
 static void kv_cursor_init(const struct kv_tree *t,
@@ -3212,23 +3222,21 @@ static void kv_cursor_init(const struct kv_tree *t,
 {
     c->tree = t;
     c->version = v;
-    c->valid = false;
+    c->n = 0;
+    c->tail_bytes = t->env->shape.tail_bytes;
+    c->value_bytes = t->env->shape.value_bytes;
 }
 
-/* Assembles the key of the record on which the cursor stands. */
-static inline bool kv_cursor_stand(struct kv_cursor *c)
+/* To the i-th record of a leaf. */
+static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
+                            size_t i)
 {
-    const struct kv_tree *t = c->tree;
-    const struct kv_node *leaf = c->path.nodes[0];
-    size_t tail_bytes = t->env->shape.tail_bytes;
-    size_t i = c->path.index[0];
-
-    assert(i < leaf->count);
-    kv_store_be64(c->key, (uint64_t)kv_heads(leaf)[i] ^ (uint64_t)1 << 63);
-    kv_copy(c->key + 8, kv_node_at(leaf, t->leaf.tail_off) + i * tail_bytes,
-            tail_bytes);
-    c->valid = true;
-    return true;
+    c->heads = kv_heads(leaf);
+    c->tails = kv_tail(c->tree, leaf, 0);
+    c->values = kv_value(c->tree, leaf, 0);
+    c->i = i;
+    c->n = leaf->count;
+    assert(i < c->n);
 }
 
 /* Goes from the node at `level` down to its first, or last, record. */
@@ -3240,7 +3248,10 @@ static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
         struct kv_node *node = c->path.nodes[level];
 
         c->path.index[level] = last ? node->count - 1 : 0;
-        if (level == 0) return;
+        if (level == 0) {
+            kv_cursor_enter(c, node, c->path.index[level]);
+            return;
+        }
         c->path.nodes[level - 1] =
             kv_children(t, node)[c->path.index[level]];
     }
@@ -3248,11 +3259,11 @@ static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
 
 static bool kv_cursor_edge(struct kv_cursor *c, bool last)
 {
-    c->valid = false;
+    c->n = 0;
     if (!c->version->root) return false;
     c->path.nodes[c->version->height - 1] = c->version->root;
     kv_cursor_fall(c, c->version->height - 1, last);
-    return kv_cursor_stand(c);
+    return true;
 }
 
 static bool kv_cursor_first(struct kv_cursor *c)
@@ -3263,6 +3274,15 @@ static bool kv_cursor_first(struct kv_cursor *c)
 static bool kv_cursor_last(struct kv_cursor *c)
 {
     return kv_cursor_edge(c, true);
+}
+
+/* Fetches a leaf that a scan will reach after the next one. Two leaves are
+ * more than the first cache can have on their way at once. */
+static void kv_leaf_prefetch_far(const struct kv_tree *t,
+                                 const struct kv_node *leaf)
+{
+    for (uint32_t off = 0; off < t->leaf.bytes; off += KV_CACHE_LINE)
+        KV_PREFETCH_L2(kv_node_at(leaf, off));
 }
 
 /* To the neighbouring leaf; false at the end of the tree. */
@@ -3278,32 +3298,32 @@ static bool kv_cursor_cross(struct kv_cursor *c, bool forward)
         i = forward ? i + 1 : i - 1;
         c->path.index[level] = i;
         c->path.nodes[level - 1] = kv_children(t, node)[i];
-        /* The one after it is fetched while this one is read. */
-        if (level == 1 && forward && i + 1 < node->count)
-            kv_node_prefetch(kv_children(t, node)[i + 1], t->leaf.bytes);
+        if (level == 1 && forward && i + 2 < node->count)
+            kv_leaf_prefetch_far(t, kv_children(t, node)[i + 2]);
         kv_cursor_fall(c, level - 1, !forward);
         return true;
     }
-    c->valid = false;
+    c->n = 0;
     return false;
 }
 
 static bool kv_cursor_next(struct kv_cursor *c)
 {
-    if (!c->valid) return false;
-    if (KV_LIKELY(++c->path.index[0] < c->path.nodes[0]->count))
-        return kv_cursor_stand(c);
-    return kv_cursor_cross(c, true) && kv_cursor_stand(c);
+    if (KV_LIKELY(c->i + 1 < c->n)) {
+        c->i++;
+        return true;
+    }
+    return c->n > 0 && kv_cursor_cross(c, true);
 }
 
 static bool kv_cursor_prev(struct kv_cursor *c)
 {
-    if (!c->valid) return false;
-    if (KV_LIKELY(c->path.index[0] > 0)) {
-        c->path.index[0]--;
-        return kv_cursor_stand(c);
+    if (c->n == 0) return false;
+    if (KV_LIKELY(c->i > 0)) {
+        c->i--;
+        return true;
     }
-    return kv_cursor_cross(c, false) && kv_cursor_stand(c);
+    return kv_cursor_cross(c, false);
 }
 
 /* The first record with a key >= `key`; with `le` the last one <= `key`. */
@@ -3315,26 +3335,29 @@ static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
     bool match;
     size_t rank;
 
-    c->valid = false;
+    c->n = 0;
     if (!c->version->root) return false;
     kv_path_find(t, c->version->root, p, &c->path);
     leaf = c->path.nodes[0];
     rank = kv_node_rank(t, leaf, leaf->count, p, le, &match);
-    if (le ? rank > 0 : rank < leaf->count) {
-        c->path.index[0] = rank - le;
-        return kv_cursor_stand(c);
-    }
-    return kv_cursor_cross(c, !le) && kv_cursor_stand(c);
+    if (le ? rank == 0 : rank == leaf->count) return kv_cursor_cross(c, !le);
+    kv_cursor_enter(c, leaf, rank - le);
+    return true;
 }
 
-static const unsigned char *kv_cursor_key(const struct kv_cursor *c)
+/* Assembles the key of the record in `key`, of KV_CURSOR_KEY_BYTES. */
+static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
+                                          unsigned char *key)
 {
-    return c->key;
+    assert(c->i < c->n);
+    kv_store_be64(key, (uint64_t)c->heads[c->i] ^ (uint64_t)1 << 63);
+    kv_copy(key + 8, c->tails + c->i * c->tail_bytes, c->tail_bytes);
+    return key;
 }
 
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
-    return kv_value(c->tree, c->path.nodes[0], c->path.index[0]);
+    return c->values + c->i * c->value_bytes;
 }
 
 /* ==========================================================================
@@ -3660,7 +3683,7 @@ static const char *kv_path_check(const struct kv_cursor *c)
 /* Reads all of a held version. Returns the broken rule, or NULL. */
 static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
 {
-    unsigned char last[KVMETA_KEY_BYTES_MAX];
+    unsigned char keys[2][KV_CURSOR_KEY_BYTES];
     struct kvmeta_digest digest = {0, 0};
     struct kv_cursor c;
     uint64_t count = 0;
@@ -3670,15 +3693,17 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
     if (v->root && v->root->level + 1 != v->height) return "T2: height";
     kv_cursor_init(t, v, &c);
     for (bool there = kv_cursor_first(&c); there; there = kv_cursor_next(&c)) {
-        if (c.path.index[0] == 0) {
+        const unsigned char *last = keys[~count & 1];
+        const unsigned char *key = kv_cursor_key(&c, keys[count & 1]);
+
+        if (c.i == 0) {
             const char *rule = kv_path_check(&c);
 
             if (rule) return rule;
         }
-        if (count > 0 && memcmp(last, c.key, key_bytes) >= 0)
+        if (count > 0 && memcmp(last, key, key_bytes) >= 0)
             return "T1: order across leaves";
-        memcpy(last, c.key, key_bytes);
-        kv_digest_add(&digest, kv_digest_record(&t->env->shape, c.key,
+        kv_digest_add(&digest, kv_digest_record(&t->env->shape, key,
                                                 kv_cursor_value(&c)));
         count++;
     }
@@ -8159,6 +8184,7 @@ struct kv_version_source {
     struct kv_source base;
     const struct kv_shape *shape;
     struct kv_cursor cursor;
+    unsigned char key[KV_CURSOR_KEY_BYTES];
     bool started;
 };
 
@@ -8172,7 +8198,7 @@ static int kv_version_source_next(struct kv_source *source,
     (void)err;
     s->started = true;
     if (!there) return KV_END;
-    s->base.key = kv_cursor_key(&s->cursor);
+    s->base.key = kv_cursor_key(&s->cursor, s->key);
     s->base.value = kv_cursor_value(&s->cursor);
     return KVMETA_OK;
 }
@@ -10155,6 +10181,7 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
                 int (*fn)(void *user, const void *key, const void *value),
                 void *user)
 {
+    unsigned char key[KV_CURSOR_KEY_BYTES];
     struct kv_version *v;
     struct kv_cursor c;
     bool there;
@@ -10165,9 +10192,9 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
     kv_cursor_init(&db->tree, v, &c);
     there = from ? kv_cursor_seek(&c, from, false) : kv_cursor_first(&c);
     while (there && rc == 0) {
-        if (to && memcmp(kv_cursor_key(&c), to, db->env.shape.key_bytes) >= 0)
-            break;
-        rc = fn(user, kv_cursor_key(&c), kv_cursor_value(&c));
+        (void)kv_cursor_key(&c, key);
+        if (to && memcmp(key, to, db->env.shape.key_bytes) >= 0) break;
+        rc = fn(user, key, kv_cursor_value(&c));
         there = kv_cursor_next(&c);
     }
     kv_tree_drop(&db->tree, v);
@@ -10447,6 +10474,7 @@ struct kvmeta_digest kvmeta_snapshot_digest(const kvmeta_snapshot *snapshot)
 struct kvmeta_cursor {
     struct kv_env *env;
     struct kv_cursor at;
+    unsigned char *key;           /* follows the cursor */
 };
 
 int kvmeta_cursor_open(kvmeta_snapshot *snapshot, kvmeta_cursor **cursor)
@@ -10454,9 +10482,10 @@ int kvmeta_cursor_open(kvmeta_snapshot *snapshot, kvmeta_cursor **cursor)
     kvmeta_cursor *c;
 
     if (!snapshot || !cursor) return KVMETA_E_INVALID;
-    c = kv_alloc(&snapshot->db->env, sizeof *c);
+    c = kv_alloc(&snapshot->db->env, sizeof *c + KV_CURSOR_KEY_BYTES);
     if (!c) return KVMETA_E_NOMEM;
     c->env = &snapshot->db->env;
+    c->key = (unsigned char *)(c + 1);
     kv_cursor_init(&snapshot->db->tree, snapshot->version, &c->at);
     *cursor = c;
     return KVMETA_OK;
@@ -10507,12 +10536,13 @@ int kvmeta_cursor_prev(kvmeta_cursor *cursor)
 
 const void *kvmeta_cursor_key(const kvmeta_cursor *cursor)
 {
-    return cursor && cursor->at.valid ? kv_cursor_key(&cursor->at) : NULL;
+    if (!cursor || cursor->at.n == 0) return NULL;
+    return kv_cursor_key(&cursor->at, cursor->key);
 }
 
 const void *kvmeta_cursor_value(const kvmeta_cursor *cursor)
 {
-    return cursor && cursor->at.valid ? kv_cursor_value(&cursor->at) : NULL;
+    return cursor && cursor->at.n > 0 ? kv_cursor_value(&cursor->at) : NULL;
 }
 
 int kvmeta_sync(kvmeta *db)
