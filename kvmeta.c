@@ -3383,10 +3383,10 @@ static void kv_loader_init(struct kv_tree *t, struct kv_loader *loader)
     loader->tree = t;
 }
 
-/* Nodes are filled to about 95 %, so that the first changes find room. */
+/* Nodes are filled to about 97 %, so that the first changes find room. */
 static size_t kv_load_fill(const struct kv_layout *l)
 {
-    return l->cap - l->cap / 20;
+    return l->cap - l->cap / 32;
 }
 
 /* A node with one more reserved for it, of the first gen. */
@@ -9113,7 +9113,7 @@ static const struct kv_option_range kv_option_ranges[] = {
     KV_RANGE32(log_buffer_bytes, 4096, 64u << 20, 32 << 10),
     KV_RANGE32(log_align, 8, KV_LOG_ALIGN_MAX, 512),
     KV_RANGE32(merge_ratio, 1, 100, 3),
-    KV_RANGE32(merge_window, 2, 64, 10),
+    KV_RANGE32(merge_window, 2, 64, 16),
     KV_RANGE32(open_threads, 0, 64, 0),
     KV_RANGE32(reserved, 0, 0, 0),
     KV_RANGE64(log_bytes_max, 64 << 10, (uint64_t)4 << 30, 32 << 20),

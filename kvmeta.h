@@ -177,7 +177,7 @@ struct kvmeta_options {
     uint32_t log_align;
 
     /* Merge `merge_window` or more adjacent tables when the largest is at
-     * most `merge_ratio` times the smallest. Window 2..64, default 10; ratio
+     * most `merge_ratio` times the smallest. Window 2..64, default 16; ratio
      * 1..100, default 3. A smaller window means less space and more writing. */
     uint32_t merge_ratio;
     uint32_t merge_window;
