@@ -1459,12 +1459,12 @@ static void kv_pool_free(struct kv_pool *pool)
  * Tree
  *
  * A B+tree of fixed-width records. A node holds the first 8 bytes of each key
- * as a number in one array (head), the rest of the keys in another (tail),
- * and values or children in a third, so that a search compares integers of
- * one dense array and looks at tails only among equal heads. Heads are stored
- * with the sign bit flipped: SIMD compares are signed. An inner node of n
- * children has n - 1 separators: child i holds the keys k with
- * separator[i-1] <= k < separator[i].
+ * as a number in one array (head), so that a search compares integers, dense
+ * in memory, and looks at the rest (tail) only among equal heads. A row holds
+ * a key's tail, and in a leaf the value, too; inner nodes have the children in
+ * a third array. Heads are stored with the sign bit flipped: SIMD compares are
+ * signed. An inner node of n children has n - 1 separators: child i holds the
+ * keys k with separator[i-1] <= k < separator[i].
  *
  * (T1) keys ascend strictly within and across leaves; (T2) all leaves are at
  * level 0, a node's children one level below it; (T3) no node is empty;
@@ -1492,9 +1492,9 @@ enum {
 struct kv_layout {
     uint32_t cap;                 /* records, or children */
     uint32_t cap_padded;          /* heads that there is room for */
-    uint32_t tail_off;
-    uint32_t data_off;
-    uint32_t data_bytes;          /* of a value, or a child pointer */
+    uint32_t row_off;
+    uint32_t row_bytes;
+    uint32_t child_off;
     uint32_t bytes;
 };
 
@@ -1577,41 +1577,43 @@ static const struct kv_layout *kv_layout_of(const struct kv_tree *t,
     return node->level == 0 ? &t->leaf : &t->inner;
 }
 
-static unsigned char *kv_tail(const struct kv_tree *t,
-                              const struct kv_node *node, size_t i)
+static unsigned char *kv_row(const struct kv_tree *t,
+                             const struct kv_node *node, size_t i)
 {
-    return kv_node_at(node, kv_layout_of(t, node)->tail_off)
-        + i * t->env->shape.tail_bytes;
+    const struct kv_layout *l = kv_layout_of(t, node);
+
+    return kv_node_at(node, l->row_off) + i * l->row_bytes;
 }
 
 static unsigned char *kv_value(const struct kv_tree *t,
                                const struct kv_node *leaf, size_t i)
 {
     assert(leaf->level == 0);
-    return kv_node_at(leaf, t->leaf.data_off) + i * t->leaf.data_bytes;
+    return kv_node_at(leaf, t->leaf.row_off) + i * t->leaf.row_bytes
+        + t->env->shape.tail_bytes;
 }
 
 static struct kv_node **kv_children(const struct kv_tree *t,
                                     const struct kv_node *inner)
 {
     assert(inner->level > 0);
-    return (struct kv_node **)(void *)kv_node_at(inner, t->inner.data_off);
+    return (struct kv_node **)(void *)kv_node_at(inner, t->inner.child_off);
 }
 
-static void kv_layout_init(struct kv_layout *l, uint32_t tail_bytes,
-                           uint32_t data_bytes, uint32_t bytes, uint32_t min)
+static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
+                           uint32_t child_bytes, uint32_t bytes, uint32_t min)
 {
-    uint32_t entry = 8 + tail_bytes + data_bytes;
+    uint32_t entry = 8 + row_bytes + child_bytes;
     uint32_t head = (uint32_t)sizeof(struct kv_node);
 
     /* The heads fill their cache lines; the first has room for four. */
-    l->data_bytes = data_bytes;
+    l->row_bytes = row_bytes;
     for (l->cap = (uint32_t)kv_max(min, (bytes - head) / entry);; l->cap--) {
         l->cap_padded = (uint32_t)kv_align_up(l->cap + 4, 8) - 4;
-        l->tail_off = head + 8 * l->cap_padded;
-        l->data_off = (uint32_t)kv_align_up(l->tail_off
-                                            + l->cap * tail_bytes, 8);
-        l->bytes = (uint32_t)kv_align_up(l->data_off + l->cap * data_bytes,
+        l->row_off = head + 8 * l->cap_padded;
+        l->child_off = (uint32_t)kv_align_up(l->row_off + l->cap * row_bytes,
+                                             8);
+        l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
                                          KV_CACHE_LINE);
         if (l->bytes <= bytes || l->cap == min) return;
     }
@@ -1700,12 +1702,10 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
     size_t tail_bytes = t->env->shape.tail_bytes;
     size_t low = kv_count_less(t, heads, n, p.head);
     size_t high = low;
-    const unsigned char *tails;
 
     *match = false;
     if (low >= n || heads[low] != p.head) return low;
-    tails = kv_tail(t, node, 0);
-    if (kv_same(tails + low * tail_bytes, p.tail, tail_bytes)) {
+    if (kv_same(kv_row(t, node, low), p.tail, tail_bytes)) {
         *match = true;
         return low + equal;
     }
@@ -1716,7 +1716,7 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
         high = low + 1;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
-        int c = memcmp(tails + middle * tail_bytes, p.tail, tail_bytes);
+        int c = memcmp(kv_row(t, node, middle), p.tail, tail_bytes);
 
         if (c == 0) *match = true;
         if (c < 0 || (c == 0 && equal))
@@ -1838,7 +1838,7 @@ static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
 
     if (*place >= leaf->count || kv_heads(leaf)[*place] != p.head)
         return false;
-    if (kv_same(kv_tail(t, leaf, *place), p.tail, t->env->shape.tail_bytes))
+    if (kv_same(kv_row(t, leaf, *place), p.tail, t->env->shape.tail_bytes))
         return true;
     *place = kv_node_rank(t, leaf, leaf->count, p, false, &match);
     return match;
@@ -1859,8 +1859,8 @@ static void kv_tree_find_batch(const struct kv_tree *t,
     kv_tree_descend_many(t, v, probes, n, nodes, places);
     for (size_t i = 0; i < n; i++) {
         KV_PREFETCH(nodes[i]);
-        KV_PREFETCH(kv_tail(t, nodes[i], places[i]));
-        KV_PREFETCH(kv_value(t, nodes[i], places[i]));
+        KV_PREFETCH(kv_row(t, nodes[i], places[i]));
+        KV_PREFETCH(kv_row(t, nodes[i], places[i] + 1));
     }
     for (size_t i = 0; i < n; i++)
         found[i] = kv_tree_settle(t, nodes[i], probes[i], &places[i]);
@@ -2262,17 +2262,17 @@ static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
     struct kv_node *old = *ref;
     const struct kv_layout *l = kv_layout_of(e->tree, old);
     struct kv_node *node;
-    size_t tail_bytes = e->tree->env->shape.tail_bytes;
 
     if (KV_LIKELY(old->gen == e->version->gen)) return old;
     assert(old->gen < e->version->gen);
     node = kv_edit_new(e, old->level);
     node->count = old->count;
     memcpy(kv_heads(node), kv_heads(old), 8 * (size_t)old->count);
-    memcpy(kv_node_at(node, l->tail_off), kv_node_at(old, l->tail_off),
-           old->count * tail_bytes);
-    memcpy(kv_node_at(node, l->data_off), kv_node_at(old, l->data_off),
-           (size_t)old->count * l->data_bytes);
+    memcpy(kv_node_at(node, l->row_off), kv_node_at(old, l->row_off),
+           (size_t)old->count * l->row_bytes);
+    if (old->level > 0)
+        memcpy(kv_children(e->tree, node), kv_children(e->tree, old),
+               old->count * sizeof old);
     *ref = node;
     kv_edit_retire(e, old);
     return node;
@@ -2284,42 +2284,39 @@ static size_t kv_node_keys(const struct kv_node *node)
     return node->level == 0 ? node->count : node->count - 1;
 }
 
-/* Copies n keys, heads and tails, within a node or from one to another. */
-static void kv_keys_move(const struct kv_tree *t, struct kv_node *to,
+/* Copies n heads and rows, within a node or from one to another: the keys of
+ * an inner node, the records of a leaf. */
+static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
                          size_t to_i, const struct kv_node *from,
                          size_t from_i, size_t n)
 {
-    size_t tail_bytes = t->env->shape.tail_bytes;
+    size_t row_bytes = kv_layout_of(t, to)->row_bytes;
 
     memmove(kv_heads(to) + to_i, kv_heads(from) + from_i, 8 * n);
-    if (tail_bytes)
-        memmove(kv_tail(t, to, to_i), kv_tail(t, from, from_i),
-                n * tail_bytes);
+    if (row_bytes)
+        memmove(kv_row(t, to, to_i), kv_row(t, from, from_i), n * row_bytes);
 }
 
-static void kv_data_move(const struct kv_tree *t, struct kv_node *to,
-                         size_t to_i, const struct kv_node *from,
-                         size_t from_i, size_t n)
+static void kv_children_move(const struct kv_tree *t, struct kv_node *to,
+                             size_t to_i, const struct kv_node *from,
+                             size_t from_i, size_t n)
 {
-    const struct kv_layout *l = kv_layout_of(t, to);
-
-    memmove(kv_node_at(to, l->data_off) + to_i * l->data_bytes,
-            kv_node_at(from, l->data_off) + from_i * l->data_bytes,
-            n * l->data_bytes);
+    memmove(kv_children(t, to) + to_i, kv_children(t, from) + from_i,
+            n * sizeof to);
 }
 
 static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
                        struct kv_probe p)
 {
     kv_heads(node)[i] = p.head;
-    kv_copy(kv_tail(t, node, i), p.tail, t->env->shape.tail_bytes);
+    kv_copy(kv_row(t, node, i), p.tail, t->env->shape.tail_bytes);
 }
 
 /* The key at i of a node; valid while the node is. */
 static struct kv_probe kv_key_at(const struct kv_tree *t,
                                  const struct kv_node *node, size_t i)
 {
-    struct kv_probe p = {kv_heads(node)[i], kv_tail(t, node, i)};
+    struct kv_probe p = {kv_heads(node)[i], kv_row(t, node, i)};
 
     return p;
 }
@@ -2340,8 +2337,8 @@ static void kv_inner_insert(const struct kv_tree *t, struct kv_node *node,
 
     assert(i > 0);
     assert(n < t->inner.cap);
-    kv_keys_move(t, node, i, node, i - 1, n - i);
-    kv_data_move(t, node, i + 1, node, i, n - i);
+    kv_rows_move(t, node, i, node, i - 1, n - i);
+    kv_children_move(t, node, i + 1, node, i, n - i);
     kv_key_set(t, node, i - 1, separator);
     kv_children(t, node)[i] = child;
     node->count++;
@@ -2355,8 +2352,8 @@ static void kv_inner_remove(const struct kv_tree *t, struct kv_node *node,
     size_t key = i > 0 ? i - 1 : 0;
 
     assert(i < n);
-    if (n > 1) kv_keys_move(t, node, key, node, key + 1, n - 2 - key);
-    kv_data_move(t, node, i, node, i + 1, n - 1 - i);
+    if (n > 1) kv_rows_move(t, node, key, node, key + 1, n - 2 - key);
+    kv_children_move(t, node, i, node, i + 1, n - 1 - i);
     node->count--;
     if (n > 1) kv_heads(node)[n - 2] = KV_HEAD_PAD;
 }
@@ -2376,8 +2373,9 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     assert(keep > 0);
     assert(keep < n);
     right->count = (uint32_t)(n - keep);
-    kv_keys_move(t, right, 0, left, keep, kv_node_keys(right));
-    kv_data_move(t, right, 0, left, keep, n - keep);
+    kv_rows_move(t, right, 0, left, keep, kv_node_keys(right));
+    if (left->level > 0)
+        kv_children_move(t, right, 0, left, keep, n - keep);
     /* An inner node's separator between the halves moves up. */
     separator = left->level == 0 ? kv_key_at(t, right, 0)
                                  : kv_key_at(t, left, keep - 1);
@@ -2398,20 +2396,16 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
     if (to_left) {
         size_t before = right->count;
 
-        kv_keys_move(t, left, left->count, right, 0, n);
-        kv_data_move(t, left, left->count, right, 0, n);
-        kv_keys_move(t, right, 0, right, n, before - n);
-        kv_data_move(t, right, 0, right, n, before - n);
+        kv_rows_move(t, left, left->count, right, 0, n);
+        kv_rows_move(t, right, 0, right, n, before - n);
         left->count += (uint32_t)n;
         right->count -= (uint32_t)n;
         kv_node_pad(right, before);
     } else {
         size_t before = left->count;
 
-        kv_keys_move(t, right, n, right, 0, right->count);
-        kv_data_move(t, right, n, right, 0, right->count);
-        kv_keys_move(t, right, 0, left, before - n, n);
-        kv_data_move(t, right, 0, left, before - n, n);
+        kv_rows_move(t, right, n, right, 0, right->count);
+        kv_rows_move(t, right, 0, left, before - n, n);
         left->count -= (uint32_t)n;
         right->count += (uint32_t)n;
         kv_node_pad(left, before);
@@ -2514,7 +2508,7 @@ static void kv_leaf_set(const struct kv_tree *t, struct kv_node *leaf,
 {
     assert(leaf->count < t->leaf.cap);
     kv_key_set(t, leaf, i, p);
-    kv_copy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    kv_copy(kv_value(t, leaf, i), value, t->env->shape.value_bytes);
     leaf->count++;
 }
 
@@ -2524,8 +2518,7 @@ static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
     size_t n = leaf->count;
 
     assert(n < t->leaf.cap);
-    kv_keys_move(t, leaf, i + 1, leaf, i, n - i);
-    kv_data_move(t, leaf, i + 1, leaf, i, n - i);
+    kv_rows_move(t, leaf, i + 1, leaf, i, n - i);
     kv_leaf_set(t, leaf, i, p, value);
 }
 
@@ -2591,7 +2584,7 @@ static bool kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
         unsigned char *old = kv_value(t, leaf, i);
 
         kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, old));
-        kv_copy(old, value, t->leaf.data_bytes);
+        kv_copy(old, value, t->env->shape.value_bytes);
         return true;
     }
     v->count++;
@@ -2614,10 +2607,11 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
 
     if (n + right->count > kv_layout_of(t, right)->cap * 3 / 4) return false;
     left = kv_edit_own(e, &children[i]);
-    if (left->level > 0)
+    if (left->level > 0) {
         kv_key_set(t, left, n - 1, kv_key_at(t, parent, i));
-    kv_keys_move(t, left, n, right, 0, kv_node_keys(right));
-    kv_data_move(t, left, n, right, 0, right->count);
+        kv_children_move(t, left, n, right, 0, right->count);
+    }
+    kv_rows_move(t, left, n, right, 0, kv_node_keys(right));
     left->count += right->count;
     kv_inner_remove(t, parent, i + 1);
     kv_edit_retire(e, right);
@@ -2687,8 +2681,7 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
     leaf = path.nodes[0];
     i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
     assert(match);
-    kv_keys_move(t, leaf, i, leaf, i + 1, leaf->count - 1 - i);
-    kv_data_move(t, leaf, i, leaf, i + 1, leaf->count - 1 - i);
+    kv_rows_move(t, leaf, i, leaf, i + 1, leaf->count - 1 - i);
     leaf->count--;
     kv_heads(leaf)[leaf->count] = KV_HEAD_PAD;
     kv_edit_mend(e, &path);
@@ -2722,16 +2715,11 @@ static void kv_leaf_prefetch(const struct kv_edit *e,
 {
     const struct kv_layout *l = &e->tree->leaf;
     size_t from = leaf->gen == e->version->gen ? place : 0;
-    size_t tail_bytes = e->tree->env->shape.tail_bytes;
-    size_t tail_end = l->tail_off + leaf->count * tail_bytes;
-    size_t data_end = l->data_off + (size_t)leaf->count * l->data_bytes;
+    size_t end = l->row_off + (size_t)leaf->count * l->row_bytes;
 
-    if (data_end > KV_INNER_BYTES) data_end = KV_INNER_BYTES;
-    for (size_t off = l->tail_off + from * tail_bytes;
-         off < tail_end + KV_CACHE_LINE; off += KV_CACHE_LINE)
-        KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
-    for (size_t off = l->data_off + from * l->data_bytes;
-         off < data_end + KV_CACHE_LINE; off += KV_CACHE_LINE)
+    if (end > KV_INNER_BYTES) end = KV_INNER_BYTES;
+    for (size_t off = l->row_off + from * l->row_bytes;
+         off < end + KV_CACHE_LINE; off += KV_CACHE_LINE)
         KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
 }
 
@@ -3207,13 +3195,12 @@ enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
 struct kv_cursor {
     const struct kv_tree *tree;
     const struct kv_version *version;
-    const int64_t *heads;         /* of the leaf, as the next four */
-    const unsigned char *tails;
-    const unsigned char *values;
+    const int64_t *heads;         /* of the leaf, as the next three */
+    const unsigned char *rows;
     size_t i;
     size_t n;                     /* 0: the cursor is on no record */
+    size_t row_bytes;
     size_t tail_bytes;
-    size_t value_bytes;
     struct kv_path path;          /* down to the leaf */
 };
 
@@ -3223,8 +3210,8 @@ static void kv_cursor_init(const struct kv_tree *t,
     c->tree = t;
     c->version = v;
     c->n = 0;
+    c->row_bytes = t->leaf.row_bytes;
     c->tail_bytes = t->env->shape.tail_bytes;
-    c->value_bytes = t->env->shape.value_bytes;
 }
 
 /* To the i-th record of a leaf. */
@@ -3232,8 +3219,7 @@ static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
                             size_t i)
 {
     c->heads = kv_heads(leaf);
-    c->tails = kv_tail(c->tree, leaf, 0);
-    c->values = kv_value(c->tree, leaf, 0);
+    c->rows = kv_row(c->tree, leaf, 0);
     c->i = i;
     c->n = leaf->count;
     assert(i < c->n);
@@ -3351,13 +3337,13 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 {
     assert(c->i < c->n);
     kv_store_be64(key, (uint64_t)c->heads[c->i] ^ (uint64_t)1 << 63);
-    kv_copy(key + 8, c->tails + c->i * c->tail_bytes, c->tail_bytes);
+    kv_copy(key + 8, c->rows + c->i * c->row_bytes, c->tail_bytes);
     return key;
 }
 
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
-    return c->values + c->i * c->value_bytes;
+    return c->rows + c->i * c->row_bytes + c->tail_bytes;
 }
 
 /* ==========================================================================
@@ -3427,8 +3413,8 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
     }
     i = leaf->count++;
     kv_heads(leaf)[i] = kv_head_flip(head);
-    kv_copy(kv_tail(t, leaf, i), key + 8, t->env->shape.tail_bytes);
-    kv_copy(kv_value(t, leaf, i), value, t->leaf.data_bytes);
+    kv_copy(kv_row(t, leaf, i), key + 8, t->env->shape.tail_bytes);
+    kv_copy(kv_value(t, leaf, i), value, t->env->shape.value_bytes);
     assert(head == kv_key_head(&t->env->shape, key));
     assert(i == 0 || kv_heads(leaf)[i] >= kv_heads(leaf)[i - 1]);
     kv_digest_add(&loader->digest,
@@ -3592,7 +3578,7 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     t->avx2 = __builtin_cpu_supports("avx2");
     t->sse42 = __builtin_cpu_supports("sse4.2");
 #endif
-    kv_layout_init(&t->leaf, shape->tail_bytes, shape->value_bytes,
+    kv_layout_init(&t->leaf, shape->tail_bytes + shape->value_bytes, 0,
                    KV_LEAF_BYTES, KV_LEAF_MIN);
     kv_layout_init(&t->inner, shape->tail_bytes, sizeof(struct kv_node *),
                    KV_INNER_BYTES, KV_INNER_MIN);
@@ -10124,7 +10110,7 @@ static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
     const unsigned char *found = kv_tree_get(t, v, key);
 
     if (!found) return KVMETA_NOT_FOUND;
-    if (value) kv_copy(value, found, t->leaf.data_bytes);
+    if (value) kv_copy(value, found, t->env->shape.value_bytes);
     return KVMETA_OK;
 }
 

@@ -666,7 +666,7 @@ static void break_leaf(kvmeta *db, struct kv_node *inner,
 {
     const struct kv_tree *t = &db->tree;
     uint32_t keys = leaf->count;
-    unsigned char *tail = kv_tail(t, leaf, 1);
+    unsigned char *tail = kv_row(t, leaf, 1);
 
     BREAK_NODE(t, leaf, leaf->count, 0, "T3: node count");
     BREAK_NODE(t, leaf, leaf->count, t->leaf.cap + 1, "T3: node count");
@@ -708,10 +708,10 @@ static void verify_names_the_rule_that_memory_breaks(struct unit *u)
     /* A separator above the leaf to its right, by its head and its tail. */
     BREAK(db, kv_heads(inner)[inner->count - 2], KV_HEAD_PAD - 1,
           "T1: separator");
-    tail = kv_tail(&db->tree, inner, inner->count - 2);
+    tail = kv_row(&db->tree, inner, inner->count - 2);
     BREAK(db, tail[0], 0xff, "T1: separator");
     /* The last key of a leaf above the first of the next one. */
-    tail = kv_tail(&db->tree, leaf, leaf->count - 1);
+    tail = kv_row(&db->tree, leaf, leaf->count - 1);
     BREAK(db, tail[0], 0xff, "T1: order across leaves");
     kv_tree_drop(&db->tree, v);
     unit_ok(kvmeta_verify(db, NULL));
