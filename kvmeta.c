@@ -580,8 +580,8 @@ static int kv_fail(struct kvmeta_error *err, int code, int sys_errno,
 
 static int kv_fail_memory(struct kvmeta_error *err, size_t bytes)
 {
-    return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory for %zu bytes",
-                   bytes);
+    kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory for %zu bytes", bytes);
+    return KVMETA_E_NOMEM;
 }
 
 static void *kv_resize(struct kv_env *env, void *old, size_t bytes)
@@ -1701,7 +1701,7 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
     const int64_t *heads = kv_heads(node);
     size_t tail_bytes = t->env->shape.tail_bytes;
     size_t low = kv_count_less(t, heads, n, p.head);
-    size_t high = low;
+    size_t high;
 
     *match = false;
     if (low >= n || heads[low] != p.head) return low;
@@ -1994,6 +1994,8 @@ static void kv_node_free_locked(struct kv_tree *t, struct kv_node *node)
 static void kv_version_bury_locked(struct kv_tree *t, struct kv_version *v,
                                    struct kv_node *node)
 {
+    assert(v);
+    assert(node->gen <= v->gen);
     node->dead_next = v->dead;
     v->dead = node;
     t->dead_bytes += kv_layout_of(t, node)->bytes;
@@ -2667,6 +2669,8 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
     size_t i;
 
     if (!value) return false;
+    assert(v->root);
+    assert(v->count > 0);
     kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, value));
     v->count--;
 
@@ -4230,12 +4234,12 @@ static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
 #pragma GCC unroll 2
     for (int round = 0; round < 2; round++) {
 #pragma GCC unroll 8
-        for (int i = 0; i < KV_TILE / 2; i++) {
+        for (size_t i = 0; i < KV_TILE / 2; i++) {
             b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
             b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
         }
 #pragma GCC unroll 8
-        for (int i = 0; i < KV_TILE / 2; i++) {
+        for (size_t i = 0; i < KV_TILE / 2; i++) {
             a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
             a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
         }
@@ -5976,7 +5980,7 @@ static int kv_table_writer_add(struct kv_table_writer *w, const void *key,
     assert(w->created);
     assert(e->records > 0 || w->records == 0);
     assert(e->records == 0
-           || memcmp(e->keys + (e->records - 1) * shape->key_bytes, key,
+           || memcmp(e->keys + (size_t)(e->records - 1) * shape->key_bytes, key,
                      shape->key_bytes) < 0);
     if (KV_UNLIKELY(kv_encoder_full(e))) {
         rc = kv_table_writer_end_block(w, err);
@@ -6627,12 +6631,12 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
     uint64_t at = f->pos + KV_FRAME_BYTES;
     uint64_t end = kv_frame_end(&run->head, f->pos, f->entries, f->synced);
     uint64_t body_end = at + (uint64_t)f->entries * run->head.slot_bytes;
+    uint64_t seq = run->head.first_seq + run->batches;
 
-    if (f->seq != run->head.first_seq + run->batches)
+    if (f->seq != seq)
         return kv_fail_corrupt(err, file, f->pos, "frame: seq %llu, want %llu",
                                (unsigned long long)f->seq,
-                               (unsigned long long)(run->head.first_seq
-                                                    + run->batches));
+                               (unsigned long long)seq);
     if (f->durable > f->pos)
         return kv_fail_corrupt(err, file, f->pos, "frame: durable too high");
     if ((f->entries == 0) != (f->batches == 0) || f->batches > f->entries)
@@ -6968,17 +6972,16 @@ static int kv_marks_read(struct kv_env *env, const struct kv_file *file,
 
     memset(marks, 0, 2 * sizeof *marks);
     for (unsigned i = 0; i < 2 && !rc; i++) {
+        uint64_t off = (uint64_t)i * KV_MARK_STRIDE;
         bool foreign = false;
 
-        if (bytes < i * KV_MARK_STRIDE + KV_MARK_BYTES) break;
-        rc = kv_file_read(env, file, slot, sizeof slot, i * KV_MARK_STRIDE,
-                          err);
+        if (bytes < off + KV_MARK_BYTES) break;
+        rc = kv_file_read(env, file, slot, sizeof slot, off, err);
         if (rc) break;
         if (!kv_mark_decode(env, slot, &marks[i], &foreign))
             memset(&marks[i], 0, sizeof marks[i]);
         else if (foreign)
-            rc = kv_fail_corrupt(err, file, i * KV_MARK_STRIDE,
-                                 "mark of another store");
+            rc = kv_fail_corrupt(err, file, off, "mark of another store");
     }
     return rc;
 }
@@ -8660,7 +8663,7 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
             struct timespec until;
 
             clock_gettime(CLOCK_REALTIME, &until);
-            until.tv_nsec += 20 * 1000 * 1000;   /* `over` has its own locks */
+            until.tv_nsec += 20000000;           /* `over` has its own locks */
             until.tv_sec += until.tv_nsec / 1000000000;
             until.tv_nsec %= 1000000000;
             pthread_cond_timedwait(&db->progress, &db->state_lock, &until);
@@ -9799,6 +9802,7 @@ static int kv_store_new(const struct kvmeta_options *options,
     struct kvmeta *db;
     int rc;
 
+    assert(options->vfs);         /* the options are normalized */
     if (!memory) return kv_fail_memory(err, bytes);
     db = (struct kvmeta *)(void *)(memory
         + (kv_align_up((uintptr_t)memory, KV_CACHE_LINE) - (uintptr_t)memory));
@@ -9996,7 +10000,7 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
 int kvmeta_open(const char *dir, const struct kvmeta_options *options,
                 kvmeta **db, struct kvmeta_error *err)
 {
-    struct kvmeta_options o;
+    struct kvmeta_options o = {0};
     struct kvmeta_error own;
     bool again;
     int rc;
