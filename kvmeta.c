@@ -793,6 +793,13 @@ static int kv_fail_corrupt(struct kvmeta_error *err, const struct kv_file *file,
                    (unsigned long long)off, text);
 }
 
+/* What a failed open is: the want of a descriptor passes. */
+static int kv_open_code(int sys_errno)
+{
+    return sys_errno == EMFILE || sys_errno == ENFILE ? KVMETA_E_LIMIT
+                                                      : KVMETA_E_IO;
+}
+
 /* flags: enum kvmeta_vfs_open. A missing file is KVMETA_NOT_FOUND; a link or
  * anything but a regular file is KVMETA_E_CORRUPT. */
 static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
@@ -816,6 +823,8 @@ static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
     if (e == EINVAL || e == ELOOP || e == EISDIR || e == ENXIO)
         return kv_fail(err, KVMETA_E_CORRUPT, e, "%s: not a regular file",
                        name);
+    if (kv_open_code(e) == KVMETA_E_LIMIT)
+        return kv_fail(err, KVMETA_E_LIMIT, e, "%s: open: error %d", name, e);
     if (e) return kv_fail_file(err, file, e, "open", 0);
     file->handle = handle;
     file->open = true;
@@ -9235,8 +9244,8 @@ static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
     e = env->vfs->dir_list(env->vfs->user, env->dir, kv_listing_add, list);
     if (list->rc) return kv_fail_memory(err, list->cap * sizeof *list->files);
     if (e)
-        return kv_fail(err, KVMETA_E_IO, e, "listing the directory: error %d",
-                       e);
+        return kv_fail(err, kv_open_code(e), e,
+                       "listing the directory: error %d", e);
     return KVMETA_OK;
 }
 
@@ -9850,8 +9859,8 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
     }
     if (!e) return KVMETA_OK;
     db->env.dir = -1;
-    return kv_fail(err, e == EROFS ? KVMETA_E_READONLY : e == ENOSPC
-                   ? KVMETA_E_NOSPACE : KVMETA_E_IO, e,
+    return kv_fail(err, e == EROFS ? KVMETA_E_READONLY
+                   : e == ENOSPC ? KVMETA_E_NOSPACE : kv_open_code(e), e,
                    "directory: error %d", e);
 }
 
@@ -9910,7 +9919,7 @@ static int kv_open_create(struct kvmeta *db, const char *path,
     int rc = vfs->dir_sync_parent(vfs->user, path);
 
     if (rc)
-        return kv_fail(err, KVMETA_E_IO, rc,
+        return kv_fail(err, kv_open_code(rc), rc,
                        "sync of the parent directory: error %d", rc);
     rc = vfs->random(vfs->user, db->env.uuid, KV_UUID_BYTES);
     if (rc)

@@ -95,7 +95,8 @@ enum kvmeta_result {
     KVMETA_E_VERSION = -8,   /* written by a format this code does not know */
     KVMETA_E_READONLY = -9,  /* write to a store opened read-only */
     KVMETA_E_FAILED = -10,   /* an earlier write failed; see kvmeta_last_error */
-    KVMETA_E_LIMIT = -11,    /* a limit of the options or the format is hit */
+    KVMETA_E_LIMIT = -11,    /* a limit of the options, of the format or of
+                                the open files of the process is reached */
     KVMETA_E_FORKED = -12    /* the handle belongs to the parent process */
 };
 
@@ -255,7 +256,8 @@ typedef struct kvmeta_cursor kvmeta_cursor;
  * KVMETA_NOT_FOUND   there is no store and MUST_EXIST or READ_ONLY is set
  * KVMETA_E_READONLY  the directory is missing on a read-only file system
  * KVMETA_E_NOSPACE   the disk is too full to write the recovered log's table
- * KVMETA_E_NOMEM, _E_LIMIT, _E_IO
+ * KVMETA_E_LIMIT     memory_bytes_max is too low, or no file can be opened
+ * KVMETA_E_NOMEM, _E_IO
  *
  * After _INVALID, _BUSY, _MISMATCH, _CORRUPT, _VERSION and KVMETA_NOT_FOUND
  * the directory is as it was. After any other the next open finds what this
@@ -333,7 +335,9 @@ KVMETA_API struct kvmeta_digest kvmeta_digest(kvmeta *db);
  *
  * Errors of every write call, after each of which the records are unchanged:
  *   KVMETA_E_INVALID, _E_READONLY, _E_FORKED, _E_NOMEM,
- *   KVMETA_E_LIMIT    memory_bytes_max, or a batch of over 2^31 log bytes
+ *   KVMETA_E_LIMIT    memory_bytes_max, a batch of over 2^31 log bytes, or no
+ *                     file can be opened for the next log: once one can be,
+ *                     later calls succeed
  *   KVMETA_E_NOSPACE  the log could not grow; later calls may succeed
  *   KVMETA_E_IO       a write or sync failed. What of the call is on disk is
  *                     unknown until the next open; this handle reads on, and

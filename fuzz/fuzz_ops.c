@@ -236,7 +236,8 @@ static bool check_failure(int rc, const char *what)
     OPS_CHECK(rc == KVMETA_E_IO || rc == KVMETA_E_NOSPACE
               || rc == KVMETA_E_NOMEM || rc == KVMETA_E_FAILED
               || (rc == KVMETA_E_READONLY && story.faulty)
-              || (rc == KVMETA_E_LIMIT && story.options.memory_bytes_max),
+              || (rc == KVMETA_E_LIMIT
+                  && (story.options.memory_bytes_max || armed())),
               "%s says %d (%s)", what, rc, kvmeta_strerror(rc));
     OPS_CHECK(rc != KVMETA_E_FAILED || story.broken || story.maybe_broken
               || armed(), "%s says E_FAILED, but nothing has failed", what);

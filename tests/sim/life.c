@@ -315,11 +315,17 @@ static int check_opened(struct life *life, unsigned oldest)
     return adopt(life, (unsigned)found, &stats);
 }
 
-/* What an open may answer when system calls or allocations fail. */
-static int open_error_is_documented(int rc)
+/* What any call may answer when system calls or allocations fail. */
+static int error_is_documented(int rc)
 {
     return rc == KVMETA_E_IO || rc == KVMETA_E_NOSPACE ||
-           rc == KVMETA_E_NOMEM || rc == KVMETA_E_READONLY;
+           rc == KVMETA_E_NOMEM || rc == KVMETA_E_LIMIT;
+}
+
+/* An open may also find the file system read-only. */
+static int open_error_is_documented(int rc)
+{
+    return error_is_documented(rc) || rc == KVMETA_E_READONLY;
 }
 
 int life_open(struct life *life)
@@ -377,8 +383,7 @@ static int close_store(struct life *life)
         return 0;
     }
     if (!life->faulty ||
-        (rc != KVMETA_E_IO && rc != KVMETA_E_NOSPACE &&
-         rc != KVMETA_E_NOMEM && rc != KVMETA_E_FAILED)) {
+        (!error_is_documented(rc) && rc != KVMETA_E_FAILED)) {
         return life_problem(life, "close says %d (%s)", rc,
                             kvmeta_strerror(rc));
     }
@@ -601,6 +606,7 @@ static int write_failed(struct life *life, int rc, unsigned changes)
     switch (rc) {
     case KVMETA_E_NOSPACE:
     case KVMETA_E_NOMEM:
+    case KVMETA_E_LIMIT:
         life->issued = life->visible;    /* it will never be */
         break;
     case KVMETA_E_IO:
@@ -710,8 +716,7 @@ static int maintenance_done(struct life *life, char op, int rc)
         return 0;
     }
     if (!life->faulty ||
-        (rc != KVMETA_E_IO && rc != KVMETA_E_NOSPACE &&
-         rc != KVMETA_E_NOMEM && rc != KVMETA_E_FAILED)) {
+        (!error_is_documented(rc) && rc != KVMETA_E_FAILED)) {
         return life_problem(life, "'%c' says %d (%s)", op, rc,
                             kvmeta_strerror(rc));
     }

@@ -480,9 +480,9 @@ static void check_background_error(struct unit *u, uint32_t flags)
     db = unit_open(u, &options);
     unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
     atomic_store(&faults->create_errno, EMFILE);
-    unit_is(kvmeta_flush(db), KVMETA_E_IO);
-    unit_is(kvmeta_last_error(db, &err), KVMETA_E_IO);
-    assert_int_equal(err.code, KVMETA_E_IO);
+    unit_is(kvmeta_flush(db), KVMETA_E_LIMIT);
+    unit_is(kvmeta_last_error(db, &err), KVMETA_E_LIMIT);
+    assert_int_equal(err.code, KVMETA_E_LIMIT);
     assert_int_equal(err.sys_errno, EMFILE);
     assert_non_null(strstr(err.message, ".tab"));
     assert_true(unit_stats(db).background_errors > 0);
@@ -529,12 +529,12 @@ static void check_backlog_error(struct unit *u, uint32_t flags)
         rc = kvmeta_put(db, key, key, KVMETA_WRITTEN);
         count += rc == KVMETA_OK;
     }
-    unit_is(rc, KVMETA_E_IO);
+    unit_is(rc, KVMETA_E_LIMIT);
     assert_true(count > 1000);
     assert_true(kvmeta_count(db) == count);
     unit_is(kvmeta_has(db, key), KVMETA_NOT_FOUND);
     assert_true(unit_stats(db).logs_waiting <= 9);
-    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_IO);
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_LIMIT);
     atomic_store(&faults->create_errno, 0);
     unit_ok(kvmeta_flush(db));
     unit_ok(kvmeta_put(db, key, key, KVMETA_DURABLE));

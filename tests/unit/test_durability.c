@@ -325,6 +325,46 @@ static void no_space_is_not_final(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: nor is the want of a descriptor for the next log: writes go on in the
+ * old one until it is full, and in a new one as soon as there can be one. */
+static void no_descriptor_is_not_final(struct unit *u)
+{
+    static const unsigned durabilities[] = {KVMETA_DURABLE, KVMETA_WRITTEN,
+                                            KVMETA_BUFFERED};
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    uint64_t count = 1;
+    unsigned char key[8], value[8];
+    kvmeta *db;
+    int rc;
+
+    options.vfs = &faults->vfs;
+    options.log_bytes_max = 65536;
+    faults->create_suffix = ".wal";
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 1, 0, 0);
+    for (size_t i = 0; i < 3; i++) {
+        atomic_store(&faults->create_errno, i == 1 ? ENFILE : EMFILE);
+        for (rc = KVMETA_OK; rc == KVMETA_OK; count += rc == KVMETA_OK) {
+            unit_key(8, count, key);
+            unit_value(8, count, value);
+            rc = kvmeta_put(db, key, value, durabilities[i]);
+        }
+        unit_is(rc, KVMETA_E_LIMIT);
+        assert_true(kvmeta_count(db) == count);
+        unit_is(kvmeta_has(db, key), KVMETA_NOT_FOUND);
+        atomic_store(&faults->create_errno, 0);
+        unit_fill(db, count, count + 1, 0, durabilities[i]);
+        count++;
+    }
+    unit_ok(kvmeta_last_error(db, NULL));
+    unit_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == count);
+    unit_holds(db, 0, count, 0);
+    unit_close(db);
+}
+
 /* Goal: a close that cannot make things durable says so, and the handle is
  * gone all the same; what was durable is there at the next open. */
 static void a_failed_close_is_as_a_kill(struct unit *u)
@@ -356,6 +396,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_failed_write_or_sync_is_final),
     UNIT_CASE(a_failed_sync_call_is_final),
     UNIT_CASE(no_space_is_not_final),
+    UNIT_CASE(no_descriptor_is_not_final),
     UNIT_CASE(a_failed_close_is_as_a_kill),
 };
 

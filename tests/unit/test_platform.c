@@ -278,7 +278,8 @@ static void check_after(struct unit *u, const struct kvmeta_options *options,
 static int is_honest(int rc)
 {
     return rc == KVMETA_OK || rc == KVMETA_E_IO || rc == KVMETA_E_NOMEM
-        || rc == KVMETA_E_NOSPACE || rc == KVMETA_E_FAILED
+        || rc == KVMETA_E_NOSPACE || rc == KVMETA_E_LIMIT
+        || rc == KVMETA_E_FAILED
         || rc == KVMETA_E_CORRUPT || rc == KVMETA_E_BUSY;
 }
 

@@ -284,7 +284,7 @@ static int open_with_few_descriptors(void *arg)
             kvmeta_close(db);
             return rc != 0 ? rc : failures;
         }
-        if (rc != KVMETA_E_IO || u->err.sys_errno != EMFILE) {
+        if (rc != KVMETA_E_LIMIT || u->err.sys_errno != EMFILE) {
             return 101;
         }
         failures++;
@@ -322,13 +322,12 @@ static struct rlimit allow_no_descriptor(void)
     return old;
 }
 
-/* Goal: a flush that gets no descriptor for its new log fails as any other
- * rotation does: writing ends, reads go on, and the next life finds all. */
-static void too_few_descriptors_fail_the_flush_and_lose_nothing(struct unit *u)
+/* Goal: a flush that gets no descriptor for its new log fails alone: writes
+ * go on in the old one, and the next flush is well. */
+static void too_few_descriptors_fail_the_flush_alone(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
     kvmeta *db = unit_open(u, &options);
-    struct kvmeta_error err;
     struct rlimit old;
     int flush, put;
 
@@ -337,22 +336,22 @@ static void too_few_descriptors_fail_the_flush_and_lose_nothing(struct unit *u)
     flush = kvmeta_flush(db);
     put = kvmeta_put(db, "12345678", "12345678", KVMETA_DURABLE);
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
-    unit_is(flush, KVMETA_E_IO);
-    unit_is(put, KVMETA_E_FAILED);
-    unit_is(kvmeta_last_error(db, &err), KVMETA_E_IO);
-    assert_int_equal(err.sys_errno, EMFILE);
-    unit_holds(db, 0, 100, 0);
-    kvmeta_close(db);
-    db = unit_open(u, &options);
-    assert_true(kvmeta_count(db) == 100);
-    unit_holds(db, 0, 100, 0);
+    unit_is(flush, KVMETA_E_LIMIT);
+    unit_ok(put);
+    unit_ok(kvmeta_last_error(db, NULL));
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_stats(db).tables == 1);
     unit_fill(db, 100, 200, 0, KVMETA_DURABLE);
+    unit_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == 201);
+    unit_holds(db, 0, 200, 0);
     unit_close(db);
 }
 
 /* Goal: the first write of a handle, which makes a log, fails without a
- * descriptor; nothing has changed, and the next life can write. */
-static void too_few_descriptors_fail_the_first_write(struct unit *u)
+ * descriptor; nothing has changed, and the next write is well. */
+static void too_few_descriptors_fail_the_first_write_alone(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
     kvmeta *db = unit_open(u, &options);
@@ -365,13 +364,14 @@ static void too_few_descriptors_fail_the_first_write(struct unit *u)
     old = allow_no_descriptor();
     put = kvmeta_put(db, "12345678", "12345678", KVMETA_DURABLE);
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
-    unit_is(put, KVMETA_E_IO);
+    unit_is(put, KVMETA_E_LIMIT);
     unit_holds(db, 0, 100, 0);
     assert_true(kvmeta_count(db) == 100);
-    kvmeta_close(db);
-    db = unit_open(u, &options);
-    assert_true(kvmeta_count(db) == 100);
     unit_fill(db, 100, 200, 0, KVMETA_DURABLE);
+    unit_close(db);
+    db = unit_open(u, &options);
+    assert_true(kvmeta_count(db) == 200);
+    unit_holds(db, 0, 200, 0);
     unit_close(db);
 }
 
@@ -516,8 +516,8 @@ static struct unit_case cases[] = {
     UNIT_CASE(the_thread_goes_on_when_a_full_disk_has_room),
     UNIT_CASE(a_read_only_disk_is_an_error_of_writes_alone),
     UNIT_CASE(too_few_descriptors_fail_the_open_alone),
-    UNIT_CASE(too_few_descriptors_fail_the_flush_and_lose_nothing),
-    UNIT_CASE(too_few_descriptors_fail_the_first_write),
+    UNIT_CASE(too_few_descriptors_fail_the_flush_alone),
+    UNIT_CASE(too_few_descriptors_fail_the_first_write_alone),
     UNIT_CASE(a_limit_on_file_size_fails_the_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_durable_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_flush),
