@@ -6618,10 +6618,9 @@ static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
 
     *reason = KVMETA_TORN_HEADER;
     if (run->size - pos < KV_FRAME_BYTES) return false;
-    if (!kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, f))
+    if (!kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, f)
+        || f->prev != run->last_hcrc)
         return false;
-    *reason = KVMETA_TORN_CHAIN;
-    if (f->prev != run->last_hcrc) return false;
     *reason = KVMETA_TORN_BODY;
     if (f->entries > (run->size - pos) / run->head.slot_bytes) return false;
     end = kv_frame_end(&run->head, pos, f->entries, f->synced);
@@ -6696,8 +6695,7 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
                              struct kvmeta_error *err)
 {
     static const char *const wrong[] = {
-        "the log ends", "no valid frame header", "frame: body crc",
-        "frame: broken chain"
+        "the log ends", "no valid frame header", "frame: body crc"
     };
     uint64_t used = run->size;
 

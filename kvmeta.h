@@ -558,10 +558,8 @@ struct kvmeta_stats {
 enum kvmeta_torn {
     KVMETA_TORN_NONE = 0,
     KVMETA_TORN_HEADER = 1,        /* the bytes after the last frame are no
-                                      valid frame header */
-    KVMETA_TORN_BODY = 2,          /* a valid header, a damaged body */
-    KVMETA_TORN_CHAIN = 3          /* a valid frame that does not follow the
-                                      last one */
+                                      valid header of one that follows it */
+    KVMETA_TORN_BODY = 2           /* a valid header, a damaged body */
 };
 
 /* Fills *stats, at most stats->struct_size bytes of it. */

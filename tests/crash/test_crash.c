@@ -596,12 +596,11 @@ static void print_tally(const struct tally *t, double seconds)
            (unsigned long long)t->sim.sizes_kept,
            (unsigned long long)t->sim.sizes_lost);
     printf("# walks with all cuts listed: %llu of %llu; torn tails: %llu "
-           "header, %llu body, %llu chain; %llu files of ours deleted\n",
+           "header, %llu body; %llu files of ours deleted\n",
            (unsigned long long)t->listed,
            (unsigned long long)(t->listed + t->sampled),
            (unsigned long long)t->life.torn[KVMETA_TORN_HEADER],
            (unsigned long long)t->life.torn[KVMETA_TORN_BODY],
-           (unsigned long long)t->life.torn[KVMETA_TORN_CHAIN],
            (unsigned long long)t->life.garbage_files);
     printf("# rotations %llu, flushes %llu, merges %llu, full compactions "
            "%llu\n", (unsigned long long)t->life.rotations,

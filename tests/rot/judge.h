@@ -84,7 +84,7 @@ struct rot_fault {
 /* What opens have found, over all faults: branches that must be reached. */
 struct rot_found {
     uint64_t opens;
-    uint64_t torn[4];                    /* by enum kvmeta_torn */
+    uint64_t torn[3];                    /* by enum kvmeta_torn */
     uint64_t healed;
     uint64_t garbage_files;
     uint64_t read_only;
@@ -350,7 +350,7 @@ static int rot_find_state(const struct rot_judge *judge,
 static void rot_count_open(struct rot_judge *judge,
                            const struct kvmeta_stats *stats)
 {
-    judge->found->torn[stats->open_torn_reason & 3]++;
+    judge->found->torn[stats->open_torn_reason]++;
     judge->found->healed += stats->open_healed;
     judge->found->garbage_files += stats->open_garbage_files;
 }

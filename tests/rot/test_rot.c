@@ -360,12 +360,11 @@ static void print_sums(double seconds)
     for (i = 0; i < ROT_CLASSES; i++) {
         print_row(rot_class_names[i], -1, i);
     }
-    printf("# opens %llu (torn header %llu, body %llu, chain %llu; healed "
-           "%llu; garbage files %llu), read-only %llu, second %llu, hashed "
+    printf("# opens %llu (torn header %llu, body %llu; healed %llu; "
+           "garbage files %llu), read-only %llu, second %llu, hashed "
            "%llu\n", (unsigned long long)found.opens,
            (unsigned long long)found.torn[KVMETA_TORN_HEADER],
            (unsigned long long)found.torn[KVMETA_TORN_BODY],
-           (unsigned long long)found.torn[KVMETA_TORN_CHAIN],
            (unsigned long long)found.healed,
            (unsigned long long)found.garbage_files,
            (unsigned long long)found.read_only,

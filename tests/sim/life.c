@@ -238,7 +238,7 @@ static int read_all(struct life *life, struct life_state *state)
 static void count_open(const struct kvmeta_stats *stats)
 {
     life_totals.opens++;
-    life_totals.torn[stats->open_torn_reason & 3]++;
+    life_totals.torn[stats->open_torn_reason]++;
     life_totals.healed += stats->open_healed;
     life_totals.garbage_files += stats->open_garbage_files;
     life_totals.log_frames += stats->open_log_frames;

@@ -45,7 +45,7 @@ struct life_state {
 /* What the opens of all lives of this process found. */
 struct life_totals {
     uint64_t opens;
-    uint64_t torn[4];                    /* by enum kvmeta_torn */
+    uint64_t torn[3];                    /* by enum kvmeta_torn */
     uint64_t healed;
     uint64_t garbage_files;
     uint64_t log_frames;

@@ -177,6 +177,28 @@ static void a_frame_keeps_each_rule(void **state)
     FRAME(entry[0] = KV_ENTRY_REMOVE, "pad not zero");
 }
 
+/* Goal: a frame of this log, at its place and with the right sums, ends the
+ * chain all the same when it names another one before it. */
+static void a_frame_that_does_not_follow_ends_the_chain(void **state)
+{
+    static struct log log;
+    int reason = KVMETA_TORN_NONE;
+
+    (void)state;
+    good_log(&log);
+    kv_crc_init(&log.env.crc, true);
+    log.frame.prev = log.run.last_hcrc = 7;
+    log.frame.bcrc = kv_crc_add(&log.env.crc, log.run.head.seed,
+                                log.bytes + 512 + KV_FRAME_BYTES,
+                                512 - KV_FRAME_BYTES);
+    kv_frame_encode(&log.env, log.run.head.seed, &log.frame, log.bytes + 512);
+    assert_true(kv_run_frame_at(&log.env, &log.run, 512, &log.frame, &reason));
+    log.run.last_hcrc = 8;
+    assert_false(kv_run_frame_at(&log.env, &log.run, 512, &log.frame,
+                                 &reason));
+    assert_int_equal(reason, KVMETA_TORN_HEADER);
+}
+
 /* --------------------------------------------------------------------------
  * Sums
  * -------------------------------------------------------------------------- */
@@ -211,6 +233,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_manifest_keeps_each_rule),
         cmocka_unit_test(a_frame_keeps_each_rule),
+        cmocka_unit_test(a_frame_that_does_not_follow_ends_the_chain),
         cmocka_unit_test(sums_are_the_same_with_and_without_hardware),
     };
 
