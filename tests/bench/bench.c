@@ -29,22 +29,22 @@
 
 static const struct engine *const engines[] = {
     &engine_kvmeta,
-#ifdef BENCH_ABSL
+#ifdef HAVE_ABSL
     &engine_absl,
 #endif
-#ifdef BENCH_LMDB
+#ifdef HAVE_LMDB
     &engine_lmdb,
 #endif
-#ifdef BENCH_ROCKSDB
+#ifdef HAVE_ROCKSDB
     &engine_rocksdb,
 #endif
-#ifdef BENCH_LEVELDB
+#ifdef HAVE_LEVELDB
     &engine_leveldb,
 #endif
-#ifdef BENCH_SQLITE
+#ifdef HAVE_SQLITE
     &engine_sqlite,
 #endif
-#ifdef BENCH_WIREDTIGER
+#ifdef HAVE_WIREDTIGER
     &engine_wiredtiger,
 #endif
     NULL

@@ -95,25 +95,25 @@ typedef atomic_uint_fast64_t tally[FILE_KINDS][FAULT_KINDS][VERDICTS];
 
 static struct entry entries[] = {
     {.store = &store_kvmeta, .title = "kvmeta"},
-#ifdef COMPARE_SQLITE
+#ifdef HAVE_SQLITE
     {.store = &store_sqlite, .title = "SQLite"},
     {.store = &store_sqlite_strict, .title = "SQLite"},
 #else
     {.title = "SQLite"},
 #endif
-#ifdef COMPARE_LEVELDB
+#ifdef HAVE_LEVELDB
     {.store = &store_leveldb, .title = "LevelDB"},
     {.store = &store_leveldb_strict, .title = "LevelDB"},
 #else
     {.title = "LevelDB"},
 #endif
-#ifdef COMPARE_ROCKSDB
+#ifdef HAVE_ROCKSDB
     {.store = &store_rocksdb, .title = "RocksDB"},
     {.store = &store_rocksdb_strict, .title = "RocksDB"},
 #else
     {.title = "RocksDB"},
 #endif
-#ifdef COMPARE_LMDB
+#ifdef HAVE_LMDB
     {.store = &store_lmdb, .title = "LMDB"},
 #else
     {.title = "LMDB"},
