@@ -102,24 +102,20 @@ static inline void *turn_move(void *to, const void *from, size_t bytes)
 #undef atomic_compare_exchange_weak
 #define atomic_load(object)                                                   \
     atomic_load_explicit(TURN_AT(object), TURN_SEQ_CST)
-#define atomic_store(object, value)                                           \
-    atomic_store_explicit(TURN_AT(object), value, TURN_SEQ_CST)
-#define atomic_exchange(object, value)                                        \
-    atomic_exchange_explicit(TURN_AT(object), value, TURN_SEQ_CST)
-#define atomic_fetch_add(object, n)                                           \
-    atomic_fetch_add_explicit(TURN_AT(object), n, TURN_SEQ_CST)
-#define atomic_fetch_sub(object, n)                                           \
-    atomic_fetch_sub_explicit(TURN_AT(object), n, TURN_SEQ_CST)
-#define atomic_fetch_or(object, bits)                                         \
-    atomic_fetch_or_explicit(TURN_AT(object), bits, TURN_SEQ_CST)
-#define atomic_fetch_and(object, bits)                                        \
-    atomic_fetch_and_explicit(TURN_AT(object), bits, TURN_SEQ_CST)
+#define TURN_WITH(call, object, n)                                            \
+    call##_explicit(TURN_AT(object), n, TURN_SEQ_CST)
+#define atomic_store(object, value) TURN_WITH(atomic_store, object, value)
+#define atomic_exchange(object, n) TURN_WITH(atomic_exchange, object, n)
+#define atomic_fetch_add(object, n) TURN_WITH(atomic_fetch_add, object, n)
+#define atomic_fetch_sub(object, n) TURN_WITH(atomic_fetch_sub, object, n)
+#define atomic_fetch_or(object, n) TURN_WITH(atomic_fetch_or, object, n)
+#define atomic_fetch_and(object, n) TURN_WITH(atomic_fetch_and, object, n)
+#define TURN_SWAP(call, object, old, new)                                     \
+    call##_explicit(TURN_AT(object), old, new, TURN_SEQ_CST, TURN_SEQ_CST)
 #define atomic_compare_exchange_strong(object, old, new)                      \
-    atomic_compare_exchange_strong_explicit(TURN_AT(object), old, new,        \
-                                            TURN_SEQ_CST, TURN_SEQ_CST)
+    TURN_SWAP(atomic_compare_exchange_strong, object, old, new)
 #define atomic_compare_exchange_weak(object, old, new)                        \
-    atomic_compare_exchange_weak_explicit(TURN_AT(object), old, new,          \
-                                          TURN_SEQ_CST, TURN_SEQ_CST)
+    TURN_SWAP(atomic_compare_exchange_weak, object, old, new)
 
 enum { TURN_SEQ_CST = memory_order_seq_cst };
 
