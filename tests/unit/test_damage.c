@@ -11,13 +11,7 @@
 /* A store with a table, a sealed log and a manifest, closed. */
 static void make_store(struct unit *u)
 {
-    struct kvmeta_options options = unit_quiet(u);
-    kvmeta *db = unit_open(u, &options);
-
-    unit_fill(db, 0, 300, 0, KVMETA_WRITTEN);
-    unit_ok(kvmeta_flush(db));
-    unit_fill(db, 300, RECORDS, 0, KVMETA_DURABLE);
-    unit_close(db);
+    unit_make_store(u, 1, 300, RECORDS);
     assert_int_equal(unit_files(u, ".tab"), 1);
     assert_int_equal(unit_files(u, ".wal"), 1);
 }

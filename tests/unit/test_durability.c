@@ -10,43 +10,15 @@
  * What survives a kill
  * -------------------------------------------------------------------------- */
 
-struct life {
-    struct unit *u;
-    unsigned durability;
-    uint64_t count;
-    int sync;
-};
-
-/* Opens, puts `count` records and ends without a close. */
-static int live_and_die(void *arg)
-{
-    struct life *life = arg;
-    struct kvmeta_options options = unit_quiet(life->u);
-    unsigned char key[8], value[8];
-    kvmeta *db = NULL;
-    uint64_t i;
-    int rc = kvmeta_open(life->u->dir, &options, &db, NULL);
-
-    for (i = 0; i < life->count && rc == 0; i++) {
-        unit_key(8, i, key);
-        unit_value(8, i, value);
-        rc = kvmeta_put(db, key, value, life->durability);
-    }
-    if (rc == 0 && life->sync) {
-        rc = kvmeta_sync(db);
-    }
-    return rc != 0;
-}
-
 static uint64_t count_after_a_kill(struct unit *u, unsigned durability,
                                    uint64_t count, int sync)
 {
-    struct life life = {u, durability, count, sync};
+    struct unit_life life = {u, 0, count, durability, sync};
     struct kvmeta_options options = unit_quiet(u);
     uint64_t found;
     kvmeta *db;
 
-    assert_int_equal(unit_in_child(live_and_die, &life), 0);
+    assert_int_equal(unit_in_child(unit_live_and_die, &life), 0);
     db = unit_open(u, &options);
     found = kvmeta_count(db);
     unit_holds(db, 0, found, 0);

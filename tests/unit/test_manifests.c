@@ -13,20 +13,6 @@
 
 enum { IMAGE_BYTES = 4096, TABLES = 2 };
 
-/* Two tables and a sealed log, closed. */
-static void make_store(struct unit *u)
-{
-    struct kvmeta_options options = unit_quiet(u);
-    kvmeta *db = unit_open(u, &options);
-
-    unit_fill(db, 0, 200, 0, KVMETA_WRITTEN);
-    unit_ok(kvmeta_flush(db));
-    unit_fill(db, 200, 400, 0, KVMETA_WRITTEN);
-    unit_ok(kvmeta_flush(db));
-    unit_fill(db, 400, 500, 0, KVMETA_WRITTEN);
-    unit_close(db);
-}
-
 /* Sets the sum of an image right. */
 static void sum_image(const struct kv_env *env, unsigned char *image,
                       size_t bytes)
@@ -162,7 +148,7 @@ static void a_manifest_that_says_what_is_not_so_is_corrupt(struct unit *u)
     struct unit_image image;
     kvmeta *db;
 
-    make_store(u);
+    unit_make_store(u, TABLES, 200, 500);
     unit_image_take(u->dir, &image);
     for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
         edit_manifest(u, lies[i].edit, lies[i].off, lies[i].word);
@@ -184,7 +170,7 @@ static void a_manifest_that_is_too_long_is_corrupt(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
 
-    make_store(u);
+    unit_make_store(u, TABLES, 200, 500);
     assert_int_equal(truncate(unit_path(u, "MANIFEST"),
                               2 * KV_MANIFEST_BYTES_MAX + 1), 0);
     unit_open_fails(u, &options, KVMETA_E_CORRUPT);

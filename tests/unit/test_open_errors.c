@@ -6,18 +6,6 @@
  */
 #include "unit.h"
 
-/* A store with a table, a sealed log and a manifest, closed. */
-static void make_store(struct unit *u)
-{
-    struct kvmeta_options options = unit_quiet(u);
-    kvmeta *db = unit_open(u, &options);
-
-    unit_fill(db, 0, 300, 0, KVMETA_WRITTEN);
-    unit_ok(kvmeta_flush(db));
-    unit_fill(db, 300, 400, 0, KVMETA_DURABLE);
-    unit_close(db);
-}
-
 static void check_store(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
@@ -38,7 +26,7 @@ static void other_widths_are_a_mismatch(struct unit *u)
 {
     struct kvmeta_options options;
 
-    make_store(u);
+    unit_make_store(u, 1, 300, 400);
     options = unit_options(u, 9, 8);
     unit_open_fails(u, &options, KVMETA_E_MISMATCH);
     options = unit_options(u, 8, 7);
@@ -78,7 +66,7 @@ static void must_exist_opens_what_is_there(struct unit *u)
     struct stat st;
     size_t i;
 
-    make_store(u);
+    unit_make_store(u, 1, 300, 400);
     options.flags |= KVMETA_MUST_EXIST;
     unit_close(unit_open(u, &options));
     assert_int_equal(stat(u->dir, &st), 0);
@@ -112,7 +100,7 @@ static void open_and_close_without_writes_change_nothing(struct unit *u)
     struct kvmeta_options options = unit_options(u, 8, 8);
     struct unit_image before, after;
 
-    make_store(u);
+    unit_make_store(u, 1, 300, 400);
     check_store(u);
     unit_image_take(u->dir, &before);
     unit_close(unit_open(u, &options));
@@ -283,7 +271,7 @@ static void a_read_only_store_tells_of_damage_and_heals_nothing(struct unit *u)
     char name[64];
     kvmeta *db;
 
-    make_store(u);
+    unit_make_store(u, 1, 300, 400);
     options.flags = KVMETA_READ_ONLY;
     db = unit_open(u, &options);
     assert_true(unit_find(u, ".wal", 0, name)
@@ -299,28 +287,13 @@ static void a_read_only_store_tells_of_damage_and_heals_nothing(struct unit *u)
     unit_open_fails(u, &options, KVMETA_E_CORRUPT);
 }
 
-static int write_and_die(void *arg)
-{
-    struct unit *u = arg;
-    struct kvmeta_options options = unit_quiet(u);
-    unsigned char key[8], value[8];
-    kvmeta *db = NULL;
-    uint64_t i;
-    int rc = kvmeta_open(u->dir, &options, &db, NULL);
-
-    for (i = 400; i < 500 && rc == 0; i++) {
-        unit_key(8, i, key);
-        unit_value(8, i, value);
-        rc = kvmeta_put(db, key, value, KVMETA_DURABLE);
-    }
-    return rc != 0;
-}
-
 static void a_read_only_store_refuses_writes_and_changes_nothing(struct unit *u)
 {
-    make_store(u);
+    struct unit_life life = {u, 400, 500, KVMETA_DURABLE, 0};
+
+    unit_make_store(u, 1, 300, 400);
     check_read_only(u, 400);
-    assert_int_equal(unit_in_child(write_and_die, u), 0);
+    assert_int_equal(unit_in_child(unit_live_and_die, &life), 0);
     check_read_only(u, 500);
 }
 
@@ -387,7 +360,7 @@ static void unlisted_files_of_ours_are_deleted_and_counted(struct unit *u)
     const char *name = "t00000000000fffff.tab";
     kvmeta *db;
 
-    make_store(u);
+    unit_make_store(u, 1, 300, 400);
     unit_write_path(unit_path(u, name), "half a table", 12);
     unit_write_path(unit_path(u, "MANIFEST.tmp"), "half a manifest", 15);
     check_read_only(u, 400);
@@ -465,28 +438,20 @@ static void error_texts_never_hold_keys_or_values(struct unit *u)
  * More than can be addressed
  * -------------------------------------------------------------------------- */
 
-static int leave_live_log(void *u)
-{
-    struct kvmeta_options options = unit_quiet(u);
-    kvmeta *db = unit_open(u, &options);
-
-    unit_fill(db, 0, 100, 0, KVMETA_WRITTEN);
-    return kvmeta_count(db) == 100 ? 0 : 1;
-}
-
 /* Goal: a log whose size has more bits than a pointer is not read in part
  * and taken for whole, and one that no store writes is refused; cut to its
  * length, it opens. Method: the log of a killed process grows by a hole. */
 static void a_log_that_cannot_be_addressed_is_an_error(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
+    struct unit_life life = {u, 0, 100, KVMETA_WRITTEN, 0};
     int small = sizeof(void *) == 4;
     off_t huge = ((off_t)(small ? 4 : 40) << 30) + 100;
     char name[64];
     uint64_t bytes;
     kvmeta *db;
 
-    assert_int_equal(unit_in_child(leave_live_log, u), 0);
+    assert_int_equal(unit_in_child(unit_live_and_die, &life), 0);
     assert_true(unit_find(u, ".wal", 0, name));
     bytes = unit_size(u, name);
     assert_int_equal(truncate(unit_path(u, name), huge), 0);

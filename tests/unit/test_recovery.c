@@ -10,36 +10,12 @@
  * Tails of the live log
  * -------------------------------------------------------------------------- */
 
-struct life {
-    struct unit *u;
-    uint64_t from, to;
-    unsigned durability;
-};
-
-/* In a child: puts, and ends without a close. */
-static int put_and_die(void *arg)
-{
-    struct life *life = arg;
-    struct kvmeta_options options = unit_quiet(life->u);
-    unsigned char key[8], value[8];
-    kvmeta *db = NULL;
-    uint64_t i;
-    int rc = kvmeta_open(life->u->dir, &options, &db, NULL);
-
-    for (i = life->from; i < life->to && rc == 0; i++) {
-        unit_key(8, i, key);
-        unit_value(8, i, value);
-        rc = kvmeta_put(db, key, value, life->durability);
-    }
-    return rc != 0;
-}
-
 static void live(struct unit *u, uint64_t from, uint64_t to,
                  unsigned durability)
 {
-    struct life life = {u, from, to, durability};
+    struct unit_life life = {u, from, to, durability, 0};
 
-    assert_int_equal(unit_in_child(put_and_die, &life), 0);
+    assert_int_equal(unit_in_child(unit_live_and_die, &life), 0);
 }
 
 /* Where the last frame of the live log begins: frames end on multiples of 8

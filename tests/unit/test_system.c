@@ -138,6 +138,21 @@ static void holds_noise(kvmeta *db, uint64_t count)
     }
 }
 
+/* Opens a store with `count` records on a disk that is full for its flush. */
+static kvmeta *open_on_full_disk(struct unit *u, uint64_t count,
+                                 const struct kvmeta_options *options,
+                                 const char *filler)
+{
+    kvmeta *db = unit_open(u, options);
+
+    put_noise(db, 0, count);
+    fill_disk(filler);
+    unit_is(kvmeta_flush(db), KVMETA_E_NOSPACE);
+    holds_noise(db, count);
+    assert_int_equal(unlink(filler), 0);
+    return db;
+}
+
 /* Goal: a flush and a compaction for which the disk has no room say so and
  * lose nothing, and work once there is room; the store goes on meanwhile.
  * Method: the disk is filled to the last page before each of them. */
@@ -151,12 +166,7 @@ static void a_full_disk_fails_the_flush_and_the_compaction(struct unit *u)
     options.flags = KVMETA_NO_THREAD;
     mount_small(u, mount_at);
     snprintf(filler, sizeof filler, "%s/full/filler", u->top);
-    db = unit_open(u, &options);
-    put_noise(db, 0, 300);
-    fill_disk(filler);
-    unit_is(kvmeta_flush(db), KVMETA_E_NOSPACE);
-    holds_noise(db, 300);
-    assert_int_equal(unlink(filler), 0);
+    db = open_on_full_disk(u, 300, &options, filler);
     unit_ok(kvmeta_flush(db));
     put_noise(db, 300, 500);
     unit_ok(kvmeta_flush(db));
@@ -192,12 +202,7 @@ static void the_thread_goes_on_when_a_full_disk_has_room(struct unit *u)
     options.log_bytes_max = 256 << 10;
     mount_small(u, mount_at);
     snprintf(filler, sizeof filler, "%s/full/filler", u->top);
-    db = unit_open(u, &options);
-    put_noise(db, 0, 200);
-    fill_disk(filler);
-    unit_is(kvmeta_flush(db), KVMETA_E_NOSPACE);
-    holds_noise(db, 200);
-    assert_int_equal(unlink(filler), 0);
+    db = open_on_full_disk(u, 200, &options, filler);
     deadline = unit_now_ms() + 20000;
     put_noise(db, 200, 400);
     while (kvmeta_wait_idle(db) != KVMETA_OK ||
@@ -296,14 +301,9 @@ static int open_with_few_descriptors(void *arg)
  * enough of them, finds everything. */
 static void too_few_descriptors_fail_the_open_alone(struct unit *u)
 {
-    struct kvmeta_options options = unit_quiet(u);
-    kvmeta *db = unit_open(u, &options);
     int failures;
 
-    unit_fill(db, 0, 300, 0, KVMETA_WRITTEN);
-    unit_ok(kvmeta_flush(db));
-    unit_fill(db, 300, 400, 0, KVMETA_WRITTEN);
-    unit_close(db);
+    unit_make_store(u, 1, 300, 400);
     failures = unit_in_child(open_with_few_descriptors, u);
     assert_in_range(failures, 2, 99);
 }

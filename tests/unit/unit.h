@@ -350,6 +350,23 @@ UNIT_INLINE void unit_holds(kvmeta *db, uint64_t from, uint64_t to,
     }
 }
 
+/* A closed 8/8 store of `count` records: of `table` records each in the first
+ * tables, and the rest in a sealed log. */
+UNIT_INLINE void unit_make_store(struct unit *u, uint64_t tables,
+                                 uint64_t table, uint64_t count)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    uint64_t i;
+
+    for (i = 0; i < tables; i++) {
+        unit_fill(db, i * table, (i + 1) * table, 0, KVMETA_WRITTEN);
+        unit_ok(kvmeta_flush(db));
+    }
+    unit_fill(db, tables * table, count, 0, KVMETA_DURABLE);
+    unit_close(db);
+}
+
 UNIT_INLINE struct kvmeta_stats unit_stats(kvmeta *db)
 {
     struct kvmeta_stats stats;
@@ -386,6 +403,34 @@ UNIT_INLINE int unit_in_child(int (*fn)(void *arg), void *arg)
     }
     assert_int_equal(waitpid(pid, &status, 0), pid);
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+struct unit_life {
+    struct unit *u;
+    uint64_t from, to;
+    unsigned durability;
+    int sync;
+};
+
+/* For a child: puts the numbers of an 8/8 store, and ends without a close. */
+UNIT_INLINE int unit_live_and_die(void *arg)
+{
+    struct unit_life *life = arg;
+    struct kvmeta_options options = unit_quiet(life->u);
+    unsigned char key[8], value[8];
+    kvmeta *db = NULL;
+    uint64_t i;
+    int rc = kvmeta_open(life->u->dir, &options, &db, NULL);
+
+    for (i = life->from; i < life->to && rc == 0; i++) {
+        unit_key(8, i, key);
+        unit_value(8, i, value);
+        rc = kvmeta_put(db, key, value, life->durability);
+    }
+    if (rc == 0 && life->sync) {
+        rc = kvmeta_sync(db);
+    }
+    return rc != 0;
 }
 
 UNIT_INLINE uint64_t unit_now_ms(void)
