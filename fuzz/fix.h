@@ -19,6 +19,13 @@
 
 enum { FIX_NOTHING, FIX_SUMS, FIX_ALL };
 
+/* How far a target repairs its own input. */
+#ifdef FUZZ_REPAIR
+enum { FIX_INPUT = FIX_ALL };
+#else
+enum { FIX_INPUT = FIX_NOTHING };
+#endif
+
 /* An environment for the codecs: the sums of a file start from its uuid. */
 static inline struct kv_env fix_env(const uint8_t *uuid)
 {
@@ -513,5 +520,25 @@ static inline int fix_level(struct test_rng *rng)
 
     return r == 0 ? FIX_NOTHING : r < 5 ? FIX_SUMS : FIX_ALL;
 }
+
+/* The mutator of a target whose input is one file, which `fix` repairs.
+ * change: a statement on rng, data, bytes and bytes_max. */
+#ifdef FUZZ_MUTATOR
+#  define FIX_MUTATOR(fix, change) \
+    size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, \
+                                   size_t bytes_max, unsigned seed) \
+    { \
+        struct test_rng rng = {seed}; \
+\
+        if (test_rng_below(&rng, 3) == 0) \
+            bytes = LLVMFuzzerMutate(data, bytes, bytes_max); \
+        else \
+            change; \
+        fix(data, bytes, fix_level(&rng)); \
+        return bytes; \
+    }
+#else
+#  define FIX_MUTATOR(fix, change)
+#endif
 
 #endif /* KVMETA_FUZZ_FIX_H */

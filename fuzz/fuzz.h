@@ -102,6 +102,16 @@ static inline void fuzz_world_leave(struct fuzz_world *w)
     sim_free(&w->fs);
 }
 
+/* The input, to be changed and freed by the caller. */
+static inline uint8_t *fuzz_copy(const uint8_t *data, size_t bytes)
+{
+    uint8_t *copy = malloc(bytes ? bytes : 1);
+
+    if (!copy) abort();
+    memcpy(copy, data, bytes);
+    return copy;
+}
+
 /* A number that follows from the bytes: what a target picks at random must
  * be the same each time that it runs the input. */
 static inline uint64_t fuzz_hash(const void *data, size_t bytes)

@@ -230,12 +230,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     int read_rc, rc;
 
     if (bytes > FUZZ_INPUT_BYTES_MAX) return 0;
-    copy = malloc(bytes + 1);
-    if (!copy) abort();
-    memcpy(copy, data, bytes);
-#ifdef FUZZ_REPAIR
-    dir_fix(copy, bytes, FIX_ALL);
-#endif
+    copy = fuzz_copy(data, bytes);
+    dir_fix(copy, bytes, FIX_INPUT);
     memset(&in, 0, sizeof in);
     in.alloc.limit_bytes = FUZZ_MEMORY_BYTES_MAX;
     sim_init(&in.fs, 512, 1);

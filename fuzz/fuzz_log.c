@@ -153,12 +153,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     uint32_t key_bytes = 8, value_bytes = 16;
 
     if (bytes > FUZZ_INPUT_BYTES_MAX) return 0;
-    copy = malloc(bytes + 1);
-    if (!copy) abort();
-    memcpy(copy, data, bytes);
-#ifdef FUZZ_REPAIR
-    fix_log(copy, bytes, FIX_ALL);
-#endif
+    copy = fuzz_copy(data, bytes);
+    fix_log(copy, bytes, FIX_INPUT);
     fuzz_world_init(&world);
     if (bytes >= KV_LOG_HEADER_BYTES)
         fuzz_widths(copy + 56, copy + 60, &key_bytes, &value_bytes);
@@ -177,17 +173,4 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     return 0;
 }
 
-#ifdef FUZZ_MUTATOR
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, size_t bytes_max,
-                               unsigned seed)
-{
-    struct test_rng rng = {seed};
-
-    if (test_rng_below(&rng, 3) == 0)
-        bytes = LLVMFuzzerMutate(data, bytes, bytes_max);
-    else
-        fix_change_log(&rng, data, bytes);
-    fix_log(data, bytes, fix_level(&rng));
-    return bytes;
-}
-#endif
+FIX_MUTATOR(fix_log, fix_change_log(&rng, data, bytes))

@@ -124,12 +124,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     uint8_t *copy;
 
     if (bytes == 0 || bytes > FUZZ_INPUT_BYTES_MAX) return 0;
-    copy = malloc(bytes);
-    if (!copy) abort();
-    memcpy(copy, data, bytes);
-#ifdef FUZZ_REPAIR
-    fix_manifest(copy, bytes, FIX_ALL);
-#endif
+    copy = fuzz_copy(data, bytes);
+    fix_manifest(copy, bytes, FIX_INPUT);
     fuzz_world_init(&world);
     if (bytes >= KV_MANIFEST_HEAD_BYTES)
         fuzz_widths(copy + 72, copy + 76, &key_bytes, &value_bytes);
@@ -140,17 +136,4 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     return 0;
 }
 
-#ifdef FUZZ_MUTATOR
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, size_t bytes_max,
-                               unsigned seed)
-{
-    struct test_rng rng = {seed};
-
-    if (test_rng_below(&rng, 3) == 0)
-        bytes = LLVMFuzzerMutate(data, bytes, bytes_max);
-    else
-        fix_change_manifest(&rng, data, bytes);
-    fix_manifest(data, bytes, fix_level(&rng));
-    return bytes;
-}
-#endif
+FIX_MUTATOR(fix_manifest, fix_change_manifest(&rng, data, bytes))

@@ -85,12 +85,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     uint8_t *copy;
 
     if (bytes > FUZZ_INPUT_BYTES_MAX) return 0;
-    copy = malloc(bytes + 1);
-    if (!copy) abort();
-    memcpy(copy, data, bytes);
-#ifdef FUZZ_REPAIR
-    fix_marks(copy, bytes, FIX_ALL);
-#endif
+    copy = fuzz_copy(data, bytes);
+    fix_marks(copy, bytes, FIX_INPUT);
     fuzz_world_init(&world);
     fuzz_world_enter(&world, 8, 16);
     if (bytes >= KV_MARK_BYTES && kv_load_le64(copy) == KV_MARK_MAGIC)
@@ -109,17 +105,4 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     return 0;
 }
 
-#ifdef FUZZ_MUTATOR
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, size_t bytes_max,
-                               unsigned seed)
-{
-    struct test_rng rng = {seed};
-
-    if (test_rng_below(&rng, 3) == 0)
-        bytes = LLVMFuzzerMutate(data, bytes, bytes_max);
-    else
-        fix_change_marks(&rng, data, bytes);
-    fix_marks(data, bytes, fix_level(&rng));
-    return bytes;
-}
-#endif
+FIX_MUTATOR(fix_marks, fix_change_marks(&rng, data, bytes))

@@ -250,12 +250,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 
     if (bytes > FUZZ_INPUT_BYTES_MAX) return 0;
     if (bytes < KV_TABLE_HEADER_BYTES + KV_TABLE_FOOTER_BYTES) return 0;
-    copy = malloc(bytes);
-    if (!copy) abort();
-    memcpy(copy, data, bytes);
-#ifdef FUZZ_REPAIR
-    fix_table(copy, bytes, FIX_ALL);
-#endif
+    copy = fuzz_copy(data, bytes);
+    fix_table(copy, bytes, FIX_INPUT);
     fuzz_world_init(&world);
     fuzz_widths(copy + 12, copy + 16, &key_bytes, &value_bytes);
     fuzz_world_enter(&world, key_bytes, value_bytes);
@@ -270,17 +266,4 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     return 0;
 }
 
-#ifdef FUZZ_MUTATOR
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t bytes, size_t bytes_max,
-                               unsigned seed)
-{
-    struct test_rng rng = {seed};
-
-    if (test_rng_below(&rng, 4) == 0)
-        bytes = LLVMFuzzerMutate(data, bytes, bytes_max);
-    else
-        bytes = fix_change_table(&rng, data, bytes, bytes_max);
-    fix_table(data, bytes, fix_level(&rng));
-    return bytes;
-}
-#endif
+FIX_MUTATOR(fix_table, bytes = fix_change_table(&rng, data, bytes, bytes_max))
