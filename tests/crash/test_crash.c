@@ -129,23 +129,6 @@ static void report(struct explorer *explorer, const struct life *life,
 static void second_life(struct explorer *first, struct sim_fs *fs, int kill,
                         unsigned found);
 
-static int check_leaks(struct life *life)
-{
-    if (atomic_load(&life->alloc->live_blocks) != 0) {
-        return life_problem(life, "%lld blocks of memory are left",
-                            (long long)atomic_load(
-                                &life->alloc->live_blocks));
-    }
-    if (sim_open_handles(life->fs) != 0) {
-        return life_problem(life, "%u handles are left open",
-                            sim_open_handles(life->fs));
-    }
-    if (life->fs->misuses != 0) {
-        return life_problem(life, "a handle was used that is not open");
-    }
-    return 0;
-}
-
 /* Flips one bit of the manifest: one of its copies, or the gap between. */
 static int rot_manifest(struct explorer *explorer, struct sim_fs *fs)
 {
@@ -237,7 +220,7 @@ static void check_stale(struct explorer *explorer, const struct sim_fs *state)
         }
     }
     life_end(life);
-    check_leaks(life);
+    life_check_leaks(life);
     if (life->problem[0] != '\0') {
         report(explorer, life, "stale manifest");
     }
@@ -273,7 +256,7 @@ static void check_state(struct explorer *explorer, struct sim_fs *fs,
     if (life->db != NULL) {
         life_op(life, 'C');
     }
-    check_leaks(life);
+    life_check_leaks(life);
     if (life->problem[0] != '\0') {
         report(explorer, life, how);
     }
@@ -388,7 +371,7 @@ static void end_second_life(struct explorer *explorer)
         life_check_directory(life);
         life_op(life, 'C');
     }
-    check_leaks(life);
+    life_check_leaks(life);
 }
 
 /* The store found on fs lives on. What a cut left is durable, so the state
@@ -519,7 +502,7 @@ static void explore_script(struct tally *tally, const char *script,
         explorer.active = 0;
         life_check_now(life);
         life_op(life, 'C');
-        check_leaks(life);
+        life_check_leaks(life);
     }
     if (life->problem[0] != '\0' && !tally->failed) {
         report(&explorer, life, "itself");

@@ -97,23 +97,6 @@ static void report(struct tally *tally, const struct plan *plan,
     }
 }
 
-static int check_leaks(struct life *life)
-{
-    if (atomic_load(&life->alloc->live_blocks) != 0) {
-        return life_problem(life, "%lld blocks of memory are left",
-                            (long long)atomic_load(
-                                &life->alloc->live_blocks));
-    }
-    if (sim_open_handles(life->fs) != 0) {
-        return life_problem(life, "%u handles are left open",
-                            sim_open_handles(life->fs));
-    }
-    if (life->fs->misuses != 0) {
-        return life_problem(life, "a handle was used that is not open");
-    }
-    return 0;
-}
-
 /* --------------------------------------------------------------------------
  * Faults
  * -------------------------------------------------------------------------- */
@@ -166,7 +149,7 @@ static void recover(struct tally *tally, const struct plan *plan,
         life_op(life, 'p');
         life_op(life, 'C');
     }
-    check_leaks(life);
+    life_check_leaks(life);
     if (life->problem[0] != '\0') {
         report(tally, plan, life, where);
     }
@@ -195,7 +178,7 @@ static void recover_all(struct tally *tally, const struct plan *plan,
 }
 
 /* A full disk is no reason to refuse writes for good; nor is a lack of
- * memory. */
+ * memory or of descriptors. */
 static void check_not_broken(const struct plan *plan, struct life *life)
 {
     if (plan->alloc_at != 0 && life->broken) {
@@ -204,6 +187,10 @@ static void check_not_broken(const struct plan *plan, struct life *life)
     if (plan->fault.error == ENOSPC && life->broken &&
         life->fs->fault.hit_kind == SIM_FILE_WRITE && !plan->fault.ever) {
         life_problem(life, "writes are refused after a full disk");
+    }
+    if (plan->fault.error == EMFILE && life->broken &&
+        life->fs->fault.hit_kind == SIM_FILE_OPEN && !plan->fault.ever) {
+        life_problem(life, "writes are refused after a lack of descriptors");
     }
 }
 
@@ -257,7 +244,7 @@ static void open_with_fault(struct tally *tally, const struct plan *plan,
     }
     tally->failed_opens++;
     count_result(tally, life->last_result);
-    if (check_leaks(life)) {
+    if (life_check_leaks(life)) {
         return;
     }
     recover_all(tally, plan, 3, "after the failed open");
@@ -316,7 +303,7 @@ static void run_plan(struct tally *tally, const struct plan *plan)
         if (life->db != NULL) {
             life_op(life, 'C');
         }
-        check_leaks(life);
+        life_check_leaks(life);
         recover_all(tally, plan, 3, "after the close");
     }
     if (life->problem[0] != '\0') {
@@ -420,7 +407,7 @@ static void run_recovery(struct tally *tally, const struct plan *plan,
         if (life->db != NULL) {
             life_op(life, 'C');
         }
-        check_leaks(life);
+        life_check_leaks(life);
         recover_all(tally, plan, 2, "after the close");
     }
     if (life->problem[0] != '\0') {

@@ -455,6 +455,23 @@ int life_check_directory(struct life *life)
     return 0;
 }
 
+int life_check_leaks(struct life *life)
+{
+    if (atomic_load(&life->alloc->live_blocks) != 0) {
+        return life_problem(life, "%lld blocks of memory are left",
+                            (long long)atomic_load(
+                                &life->alloc->live_blocks));
+    }
+    if (sim_open_handles(life->fs) != 0) {
+        return life_problem(life, "%u handles are left open",
+                            sim_open_handles(life->fs));
+    }
+    if (life->fs->misuses != 0) {
+        return life_problem(life, "a handle was used that is not open");
+    }
+    return 0;
+}
+
 /* --------------------------------------------------------------------------
  * Writing
  * -------------------------------------------------------------------------- */

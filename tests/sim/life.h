@@ -117,6 +117,9 @@ int life_check_now(struct life *life);
  * else. 0, or 1 on a problem. */
 int life_check_directory(struct life *life);
 
+/* Without a store: no memory is left, and no handle. 0, or 1 on a problem. */
+int life_check_leaks(struct life *life);
+
 /* Records the problem unless there is one already; returns 1. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
