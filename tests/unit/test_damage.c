@@ -161,6 +161,22 @@ static void want_offset(struct unit *u, const char *name)
     }
 }
 
+/* Does the damage to a table and to a log of a store, which must be as before
+ * afterwards. */
+static void damage_table_and_log(struct unit *u,
+                                 void (*damage)(struct unit *u,
+                                                const char *name))
+{
+    char name[64];
+
+    make_store(u);
+    assert_true(unit_find(u, ".tab", 0, name));
+    damage(u, name);
+    assert_true(unit_find(u, ".wal", 0, name));
+    damage(u, name);
+    check_store(u);
+}
+
 static void flip_everywhere(struct unit *u, const char *name)
 {
     uint64_t bytes = unit_size(u, name), step = bytes / 200 + 1, off;
@@ -178,14 +194,7 @@ static void flip_everywhere(struct unit *u, const char *name)
  * 200 places spread over the file. */
 static void flipped_bits_of_tables_and_logs_are_corrupt(struct unit *u)
 {
-    char name[64];
-
-    make_store(u);
-    assert_true(unit_find(u, ".tab", 0, name));
-    flip_everywhere(u, name);
-    assert_true(unit_find(u, ".wal", 0, name));
-    flip_everywhere(u, name);
-    check_store(u);
+    damage_table_and_log(u, flip_everywhere);
 }
 
 /* Goal: the offset in a message is the right one. Method: a log's header is
@@ -227,14 +236,7 @@ static void truncate_everywhere(struct unit *u, const char *name)
 /* Goal: a file shorter or longer than it was is an error that names it. */
 static void truncated_and_extended_files_are_corrupt(struct unit *u)
 {
-    char name[64];
-
-    make_store(u);
-    assert_true(unit_find(u, ".tab", 0, name));
-    truncate_everywhere(u, name);
-    assert_true(unit_find(u, ".wal", 0, name));
-    truncate_everywhere(u, name);
-    check_store(u);
+    damage_table_and_log(u, truncate_everywhere);
 }
 
 /* Goal: one damaged copy of the manifest is used around (read-only) and
