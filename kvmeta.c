@@ -3171,6 +3171,7 @@ static const unsigned char *kv_tree_get(const struct kv_tree *t,
 {
     const unsigned char *value = kv_delta_find(t, v, key);
 
+    assert(v);
     return value ? value : kv_tree_find(t, v, key);
 }
 
