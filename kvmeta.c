@@ -150,7 +150,7 @@
 #  define _FILE_OFFSET_BITS 64    /* on 32 bits: large files and inodes */
 #endif
 #if defined(__linux__) && !defined(_GNU_SOURCE)
-#  define _GNU_SOURCE 1           /* MADV_HUGEPAGE, MAP_ANONYMOUS, getrandom */
+#  define _GNU_SOURCE 1           /* MADV_HUGEPAGE, MAP_ANONYMOUS */
 #elif defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
 #  define _DARWIN_C_SOURCE 1      /* F_FULLFSYNC */
 #elif !defined(_POSIX_C_SOURCE) && !defined(__FreeBSD__) \
@@ -181,10 +181,6 @@
 #include <unistd.h>
 #define ZSTD_STATIC_LINKING_ONLY   /* contexts from realloc_fn */
 #include <zstd.h>
-
-#if defined(__linux__)
-#  include <sys/random.h>
-#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #  include <immintrin.h>
@@ -798,6 +794,15 @@ static int kv_open_code(int sys_errno)
 {
     return sys_errno == EMFILE || sys_errno == ENFILE ? KVMETA_E_LIMIT
                                                       : KVMETA_E_IO;
+}
+
+static int kv_random(struct kv_env *env, void *buf, size_t bytes,
+                     struct kvmeta_error *err)
+{
+    int e = env->vfs->random(env->vfs->user, buf, bytes);
+
+    if (!e) return KVMETA_OK;
+    return kv_fail(err, kv_open_code(e), e, "random numbers: error %d", e);
 }
 
 /* flags: enum kvmeta_vfs_open. A missing file is KVMETA_NOT_FOUND; a link or
@@ -5912,14 +5917,11 @@ static int kv_table_writer_create(struct kv_table_writer *w, uint64_t id,
     struct kv_env *env = w->job->env;
     unsigned char header[KV_TABLE_HEADER_BYTES];
     unsigned char salt[KV_SALT_BYTES];
-    int e = env->vfs->random(env->vfs->user, salt, sizeof salt);
-    int rc;
+    int rc = kv_random(env, salt, sizeof salt, err);
 
-    if (e)
-        return kv_fail(err, KVMETA_E_IO, e, "random numbers: error %d", e);
-    rc = kv_file_open(env, KV_FILE_TABLE, id,
-                      KVMETA_VFS_WRITE | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL,
-                      &w->file, err);
+    if (!rc)
+        rc = kv_file_open(env, KV_FILE_TABLE, id, KVMETA_VFS_WRITE
+                          | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL, &w->file, err);
     if (rc) return rc;
     w->created = true;
     w->seed = kv_table_header_encode(env, id, salt, header);
@@ -6541,13 +6543,11 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
     log->head.slot_bytes = kv_log_slot_bytes(&env->shape);
     log->head.first_seq = first_seq;
     log->head.digest = digest;
-    rc = env->vfs->random(env->vfs->user, log->head.salt, KV_SALT_BYTES);
-    if (rc) {
-        kv_free(env, block);
-        return kv_fail_file(err, &log->file, rc, "random salt", 0);
+    rc = kv_random(env, log->head.salt, KV_SALT_BYTES, err);
+    if (!rc) {
+        kv_log_head_encode(env, &log->head, block);
+        rc = kv_file_write(env, &log->file, block, (size_t)first, 0, err);
     }
-    kv_log_head_encode(env, &log->head, block);
-    rc = kv_file_write(env, &log->file, block, (size_t)first, 0, err);
     kv_free(env, block);
     if (!rc && !KV_MUTANT(4)) rc = kv_file_sync(env, &log->file, err);
     if (rc) return rc;
@@ -9920,9 +9920,8 @@ static int kv_open_create(struct kvmeta *db, const char *path,
     if (rc)
         return kv_fail(err, kv_open_code(rc), rc,
                        "sync of the parent directory: error %d", rc);
-    rc = vfs->random(vfs->user, db->env.uuid, KV_UUID_BYTES);
-    if (rc)
-        return kv_fail(err, KVMETA_E_IO, rc, "random bytes: error %d", rc);
+    rc = kv_random(&db->env, db->env.uuid, KV_UUID_BYTES, err);
+    if (rc) return rc;
     db->next_id = 1;
     rc = kv_recover_swap(db, err);
     if (!rc && db->failed)

@@ -188,8 +188,9 @@ static void check_not_broken(const struct plan *plan, struct life *life)
         life->fs->fault.hit_kind == SIM_FILE_WRITE && !plan->fault.ever) {
         life_problem(life, "writes are refused after a full disk");
     }
-    if (plan->fault.error == EMFILE && life->broken &&
-        life->fs->fault.hit_kind == SIM_FILE_OPEN && !plan->fault.ever) {
+    if (plan->fault.error == EMFILE && life->broken && !plan->fault.ever &&
+        (life->fs->fault.hit_kind == SIM_FILE_OPEN ||
+         life->fs->fault.hit_kind == SIM_RANDOM)) {
         life_problem(life, "writes are refused after a lack of descriptors");
     }
 }

@@ -5,7 +5,8 @@
 # strace lets the Nth call of a kind fail, or kills the process in it, for
 # every N until a run has no Nth call. tests/real/worker.c does the work, and
 # afterwards compares what the store holds with what was acknowledged. The
-# kinds are all calls of the worker that change a file, and those that read.
+# kinds are all calls of the worker that change a file, and those that read;
+# opens fail for want of a descriptor, too.
 #
 #   life       a store from its creation to its close, several opens
 #   recovery   what a kill has left is opened, written to and closed
@@ -122,6 +123,7 @@ run_one() { # scenario, effect, call, N
     KILL)    how=signal=KILL expected=137 ;;
     EIO*)    how=error=EIO errno=5 ;;
     ENOSPC*) how=error=ENOSPC errno=28 ;;
+    EMFILE)  how=error=EMFILE errno=24 ;;
     esac
     case $2 in *+) how=$how:when=$4+ ;; *) how=$how:when=$4 ;; esac
     case $3 in pwrite* | fdatasync) calls=write,pwrite64,fdatasync,$3 ;; esac
@@ -225,12 +227,13 @@ list_calls() { # scenario
         /^[a-z0-9_]+\(/ { print $1 }' >"$scratch/calls.$1"
 }
 
-# Of these, the ones that change files, or that read them: after the mark.
-calls_of() { # scenario, changing | reading
+# Of these, the ones that change files, read or open them: after the mark.
+calls_of() { # scenario, changing | reading | opening
     local pattern
     case $2 in
     changing) pattern='^(pwrite|f(data)?sync|sync_|f?truncate|fallocate|rename'
               pattern=$pattern'|unlink|link|symlink|mkdir|rmdir|open|creat)' ;;
+    opening)  pattern='^open' ;;
     reading)  pattern='^(pread|getdents|flock|newfstatat|fstat|statx)' ;;
     esac
     sed '1,/^begins$/d' "$scratch/calls.$1" | sort -u | grep -E "$pattern"
@@ -265,6 +268,10 @@ for scenario in $scenarios; do
         done
         echo "# $scenario, $effect: $total faults; after $told of them the" \
             "handle refused writes"
+    done
+    # Of a lack of descriptors no handle may refuse writes: the worker looks.
+    for call in $(calls_of "$scenario" opening); do
+        every "$scenario" EMFILE "$call"
     done
 done
 

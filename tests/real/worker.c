@@ -232,16 +232,23 @@ struct work {
     uint64_t kill_at;
 };
 
-/* An error must be one that the injected errno may cause; and once a handle
- * refuses writes, it goes on to. */
+/* May the injected errno cause this error? */
+static int fits(int sys_errno, int rc)
+{
+    switch (sys_errno) {
+    case 0: return 0;
+    case EMFILE: return rc == KVMETA_E_LIMIT;
+    case ENOSPC: if (rc == KVMETA_E_NOSPACE) return 1;   /* fall through */
+    default: return rc == KVMETA_E_IO || rc == KVMETA_E_FAILED;
+    }
+}
+
+/* Once a handle refuses writes, it goes on to. */
 static void check_code(struct work *work, const char *what, int rc,
                        int is_write)
 {
-    int fits = rc == KVMETA_E_IO || rc == KVMETA_E_FAILED ||
-               (rc == KVMETA_E_NOSPACE && work->sys_errno == ENOSPC);
-
     if (rc != KVMETA_OK) note("error %s %d\n", what, rc);
-    if (rc != KVMETA_OK && (work->sys_errno == 0 || !fits)) {
+    if (rc != KVMETA_OK && !fits(work->sys_errno, rc)) {
         bad("%s: %d (%s)", what, rc, kvmeta_strerror(rc));
     }
     if (is_write && work->refuses && rc != KVMETA_E_FAILED) {
