@@ -258,19 +258,15 @@ struct kv_shape {
     uint32_t record_bytes;        /* key_bytes + value_bytes */
 };
 
-static int kv_shape_init(struct kv_shape *shape, uint32_t key_bytes,
-                         uint32_t value_bytes)
+static void kv_shape_init(struct kv_shape *shape, uint32_t key_bytes,
+                          uint32_t value_bytes)
 {
-    if (key_bytes < 1 || key_bytes > KVMETA_KEY_BYTES_MAX)
-        return KVMETA_E_INVALID;
-    if (value_bytes > KVMETA_VALUE_BYTES_MAX)
-        return KVMETA_E_INVALID;
-
+    assert(key_bytes >= 1 && key_bytes <= KVMETA_KEY_BYTES_MAX);
+    assert(value_bytes <= KVMETA_VALUE_BYTES_MAX);
     shape->key_bytes = key_bytes;
     shape->value_bytes = value_bytes;
     shape->tail_bytes = key_bytes > 8 ? key_bytes - 8 : 0;
     shape->record_bytes = key_bytes + value_bytes;
-    return KVMETA_OK;
 }
 
 static uint64_t kv_min(uint64_t a, uint64_t b)
@@ -911,10 +907,10 @@ static int kv_file_sync(struct kv_env *env, const struct kv_file *file,
     int e = env->vfs->file_sync(env->vfs->user, file->handle);
 
     assert(file->open);
+    assert(err);
     if (!e) return KVMETA_OK;
     (void)kv_fail_file(err, file, e, "sync", 0);
-    if (err) err->code = KVMETA_E_IO;
-    return KVMETA_E_IO;
+    return err->code = KVMETA_E_IO;
 }
 
 static int kv_file_truncate(struct kv_env *env, const struct kv_file *file,
@@ -1091,22 +1087,22 @@ enum { KV_POSIX_IO_MAX = 1 << 30 };
 static int64_t kv_posix_file_read(void *user, int file, void *buf,
                                   size_t bytes, uint64_t off)
 {
-    ssize_t n = pread(file, buf, bytes < KV_POSIX_IO_MAX ? bytes
-                                                         : KV_POSIX_IO_MAX,
-                      (off_t)off);
+    ssize_t n;
 
     (void)user;
+    bytes = (size_t)kv_min(bytes, KV_POSIX_IO_MAX);
+    n = pread(file, buf, bytes, (off_t)off);
     return n < 0 ? -(int64_t)errno : (int64_t)n;
 }
 
 static int64_t kv_posix_file_write(void *user, int file, const void *buf,
                                    size_t bytes, uint64_t off)
 {
-    ssize_t n = pwrite(file, buf, bytes < KV_POSIX_IO_MAX ? bytes
-                                                          : KV_POSIX_IO_MAX,
-                       (off_t)off);
+    ssize_t n;
 
     (void)user;
+    bytes = (size_t)kv_min(bytes, KV_POSIX_IO_MAX);
+    n = pwrite(file, buf, bytes, (off_t)off);
     return n < 0 ? -(int64_t)errno : (int64_t)n;
 }
 
@@ -1453,7 +1449,8 @@ static void kv_pool_trim(struct kv_pool *pool)
  * are not given back down to KV_POOL_KEEP free nodes. */
 static bool kv_pool_has(const struct kv_pool *pool, size_t nodes)
 {
-    return nodes <= KV_POOL_KEEP && pool->free_nodes >= nodes;
+    assert(nodes <= KV_POOL_KEEP);
+    return pool->free_nodes >= nodes;
 }
 
 /* All nodes must have been given back, but for those of the slabs' own. */
@@ -2472,14 +2469,15 @@ static bool kv_node_full(const struct kv_tree *t, const struct kv_node *node)
     return node->count == kv_layout_of(t, node)->cap;
 }
 
-/* Does the key come after the last one of a leaf? */
+/* Does the key, which is not in the leaf, come after its last one? */
 static bool kv_leaf_ends_before(const struct kv_tree *t,
                                 const struct kv_node *leaf, struct kv_probe p)
 {
     bool match;
+    size_t i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
 
-    return kv_node_rank(t, leaf, leaf->count, p, true, &match) == leaf->count
-        && !match;
+    assert(!match);
+    return i == leaf->count;
 }
 
 /*
@@ -3527,8 +3525,8 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
         loaders[i].count = 0;
     }
     v->height = n > 0;
-    while (n > 1 && !rc) {
-        rc = kv_load_level(t, nodes, &n, err);
+    while (n > 1) {
+        rc = kv_load_level(t, nodes, &n, err);   /* no nodes after an error */
         v->height++;
     }
     if (!rc) {
@@ -4008,6 +4006,7 @@ static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
 {
     size_t kept = 0;
 
+    assert(n > 0);
     for (size_t i = 0; i + 1 < n; i++) {
         bool same = items[i].head == items[i + 1].head
             && (!o->exact || kv_item_compare(o, &items[i], &items[i + 1]) == 0);
@@ -4019,7 +4018,7 @@ static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
                           kv_digest_record(o->shape, kv_item_key(o, &items[i]),
                                            kv_item_value(o, &items[i])));
     }
-    if (n > 0) items[kept++] = items[n - 1];
+    items[kept++] = items[n - 1];
     return kept;
 }
 
@@ -4097,8 +4096,7 @@ static int kv_merge_fill(struct kv_merge *m, size_t i,
     w->at = m->from ? kv_items_rank(&m->order, w->items, n, m->from, false)
                     : 0;
     w->end = m->to ? kv_items_rank(&m->order, w->items, n, m->to, false) : n;
-    assert(w->at <= w->end || (m->from && m->to));
-    if (w->at > w->end) w->at = w->end;
+    assert(w->at <= w->end);
     w->ended = n == 0 || w->end < n;
     return KVMETA_OK;
 }
@@ -4359,7 +4357,8 @@ static void kv_plane_encode(int mode, const unsigned char *x,
         return;
     }
     if (mode == KV_PLANE_DELTA) low = NULL;
-    if (i == 0 && i < to) out[i++] = x[0];
+    assert(from < to);
+    if (i == 0) out[i++] = x[0];
 #if KV_X86
     for (; i + 16 <= to; i += 16) {
         __m128i d = _mm_sub_epi8(_mm_loadu_si128((const void *)(x + i)),
@@ -4719,7 +4718,6 @@ static uint32_t kv_block_records_max(const struct kv_shape *shape)
         n = kv_min(KV_BLOCK_PLANES_MIN - 1,
                    KV_BLOCK_RAW_MAX * 8ull
                        / ((uint64_t)shape->record_bytes * 8 + 1));
-    if (n > 1 && kv_block_raw_bytes(shape, n, 1) > KV_BLOCK_RAW_MAX) n--;
     n = kv_max(n, 1);
     assert(kv_block_raw_bytes(shape, n, 0) <= KV_BLOCK_RAW_MAX);
     assert(kv_block_raw_bytes(shape, n, 1) <= KV_BLOCK_RAW_MAX);
@@ -4756,7 +4754,7 @@ struct kv_encoder {
 /* zstd's memory is the host's, too: its limits and its accounts hold. */
 static void *kv_zstd_alloc(void *env, size_t bytes)
 {
-    return bytes ? kv_alloc(env, bytes) : NULL;
+    return kv_alloc(env, bytes);
 }
 
 static void kv_zstd_free(void *env, void *p)
@@ -4938,12 +4936,13 @@ static int kv_encoder_open_zstd(struct kv_encoder *e, struct kvmeta_error *err)
         return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory to compress");
     result = ZSTD_CCtx_setParameter(e->zstd, ZSTD_c_compressionLevel,
                                     e->zstd_level);
-    return ZSTD_isError(result) ? kv_encoder_fail_zstd(result, err)
-                                : KVMETA_OK;
+    assert(!ZSTD_isError(result));   /* the level is in range */
+    (void)result;
+    return KVMETA_OK;
 }
 
 /* Hands zstd the bytes up to `end`; `how` ends a zstd block or the frame. The
- * output has room for everything, so the loop ends with nothing left over. */
+ * output has room for everything, so nothing is left over. */
 static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
                               size_t end, ZSTD_EndDirective how,
                               ZSTD_outBuffer *out)
@@ -4953,9 +4952,7 @@ static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
     assert(end >= in->size);
     assert(in->pos == in->size);
     in->size = end;
-    do {
-        result = ZSTD_compressStream2(e->zstd, out, in, how);
-    } while (!ZSTD_isError(result) && result != 0 && out->pos < out->size);
+    result = ZSTD_compressStream2(e->zstd, out, in, how);
     assert(ZSTD_isError(result) || result == 0);
     assert(ZSTD_isError(result) || in->pos == in->size);
     return result;
@@ -4969,19 +4966,19 @@ static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
     size_t end = (size_t)(kv_block_mode_bytes(shape, e->records)
                           + kv_block_bit_bytes(e->records, e->tombstones));
     ZSTD_inBuffer in = {e->raw, 0, 0};
-    size_t result = ZSTD_CCtx_reset(e->zstd, ZSTD_reset_session_only);
+    size_t result = 0;
 
-    if (ZSTD_isError(result)) return result;
-    result = ZSTD_CCtx_setPledgedSrcSize(e->zstd, raw_bytes);
+    /* Neither can fail between two frames. */
+    (void)ZSTD_CCtx_reset(e->zstd, ZSTD_reset_session_only);
+    (void)ZSTD_CCtx_setPledgedSrcSize(e->zstd, raw_bytes);
     for (size_t p = 0; p < shape->record_bytes; p++) {
-        if (ZSTD_isError(result)) return result;
         if (e->scheme->cut[p])
             result = kv_encoder_feed(e, &in, end, ZSTD_e_flush, out);
+        if (ZSTD_isError(result)) return result;
         end += p < shape->key_bytes ? e->records
                                     : e->records - e->tombstones;
     }
     assert(end == raw_bytes);
-    if (ZSTD_isError(result)) return result;
     return kv_encoder_feed(e, &in, end, ZSTD_e_end, out);
 }
 
@@ -5851,11 +5848,10 @@ static void kv_table_writer_free(struct kv_table_writer *w)
     w->index_cap = 0;
 }
 
-/* Closes and unlinks. Accepts a zeroed writer, and a finished one, which has
- * nothing left to give up. */
+/* Closes and unlinks. Accepts a finished writer, which has nothing left to
+ * give up. */
 static void kv_table_writer_abort(struct kv_table_writer *w)
 {
-    if (!w->job) return;
     assert(w->created || !w->file.open);
     kv_table_writer_free(w);
     kv_file_close(w->job->env, &w->file);
@@ -5895,7 +5891,7 @@ static int kv_table_writer_put(struct kv_table_writer *w,
                                struct kvmeta_error *err)
 {
     while (n > 0) {
-        size_t part = n < KV_TABLE_OUT_BYTES ? n : KV_TABLE_OUT_BYTES;
+        size_t part = (size_t)kv_min(n, KV_TABLE_OUT_BYTES);
         int rc = kv_table_writer_reserve(w, part, err);
 
         if (rc) return rc;
@@ -6015,10 +6011,9 @@ static int kv_table_writer_end(struct kv_table_writer *w, struct kv_table *t,
     size_t index_bytes;
     int rc;
 
-    if (w->encoder.records > 0) {
-        rc = kv_table_writer_end_block(w, err);
-        if (rc) return rc;
-    }
+    assert(w->encoder.records > 0);      /* the last one is always there */
+    rc = kv_table_writer_end_block(w, err);
+    if (rc) return rc;
     index_bytes = w->blocks * kv_table_entry_bytes(&env->shape);
     t->meta.records = w->records;
     t->meta.tombstones = w->tombstones;
@@ -6423,9 +6418,8 @@ static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
     if (!rc) log->size = log->end;
     if (!rc) rc = kv_file_sync(env, &log->file, &own);
     if (!rc) return KVMETA_OK;
-    own.code = KVMETA_E_IO;
-    if (err) *err = own;
-    return KVMETA_E_IO;
+    *err = own;
+    return err->code = KVMETA_E_IO;
 }
 
 /* Must a frame be written before a sync: for what is in the buffer, or an
@@ -6454,9 +6448,8 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
     };
     uint64_t end = kv_frame_end(&log->head, log->end, buf->entries, synced);
     size_t bytes = (size_t)(end - log->end);
-    int rc = kv_log_buffer_reserve(env, buf, 0, err);
+    int rc = KVMETA_OK;
 
-    if (rc) return rc;
     assert(log->file.open);
     assert(buf->used == KV_FRAME_BYTES + buf->entries * log->head.slot_bytes);
     assert(bytes >= buf->used);
@@ -7999,8 +7992,7 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
         next.logs_count = kept;
         next.seq = seq;
         next.digest = digest;
-        if (KV_MUTANT(13) && gone_count)
-            kv_job_unlink(db, KV_FILE_LOG, gone[0].id);
+        if (KV_MUTANT(13)) kv_job_unlink(db, KV_FILE_LOG, logs_up_to);
         rc = kv_store_swap(db, &next, NULL, &undone, err);
     }
     pthread_mutex_unlock(&db->swap_lock);
@@ -8363,7 +8355,6 @@ static bool kv_plan_full(const struct kvmeta *db, uint64_t live)
 
     if (kv_tables_compact(db)) return false;
     if (db->tables_count >= 8 * (size_t)db->options.merge_window) return true;
-    if (db->tables_count >= KV_TABLES_MAX - 1) return true;
     for (size_t i = 0; i < db->tables_count; i++)
         records += db->tables[i].meta.records;
     return (double)records > db->options.space_amp_max * (double)live;
@@ -8440,8 +8431,9 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     bool flush;
     bool full;
 
+    assert(!(db->options.flags & KVMETA_READ_ONLY));
     memset(plan, 0, sizeof *plan);
-    if (db->failed || (db->options.flags & KVMETA_READ_ONLY)) return;
+    if (db->failed) return;
     pthread_mutex_lock(&db->state_lock);
     waiting = kv_logs_waiting_locked(db);
     heal = db->heal_wanted;
@@ -8501,8 +8493,9 @@ static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
     case KV_STEP_PREPARE: rc = kv_job_prepare(db, err); break;
     case KV_STEP_LOG_SYNC: rc = kv_job_log_sync(db, err); break;
     case KV_STEP_SYNC: rc = kv_step_sync(db, err); break;
-    case KV_STEP_MARK: rc = kv_step_mark(db, err); break;
-    case KV_STEP_NONE: break;
+    default:
+        assert(plan->step == KV_STEP_MARK);
+        rc = kv_step_mark(db, err);
     }
     if (!rc && plan->step == KV_STEP_FULL) db->counters.full_compactions++;
     if (!rc && plan->step == KV_STEP_MERGE) db->counters.merges++;
@@ -8516,12 +8509,12 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
     bool damaged = rc == KVMETA_E_CORRUPT && !db->compaction_stopped
         && plan->step != KV_STEP_HEAL;
 
+    assert(plan->step != KV_STEP_NONE);
     pthread_mutex_lock(&db->state_lock);
     db->busy = false;
     if (rc == KVMETA_OK) {
         db->retry_ns = 0;
-        if (plan->step >= KV_STEP_HEAL && plan->step <= KV_STEP_MERGE
-            && !db->compaction_stopped)
+        if (plan->step <= KV_STEP_MERGE && !db->compaction_stopped)
             memset(&db->background_error, 0, sizeof db->background_error);
     } else if (rc != KV_STOPPED) {
         db->background_error = *err;
@@ -8787,8 +8780,6 @@ static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
 /* The state now is durable: for the statistics, and the worker's timers. */
 static void kv_commit_note(struct kvmeta *db, bool synced, uint64_t seq)
 {
-    bool wake = false;
-
     if (synced) {
         db->durable_seq = seq;
         db->unsynced = false;
@@ -8799,14 +8790,12 @@ static void kv_commit_note(struct kvmeta *db, bool synced, uint64_t seq)
     pthread_mutex_lock(&db->state_lock);
     if (synced) {
         db->dirty_since_ns = kv_now(db);
-        wake = !db->mark_dirty;
         db->mark_dirty = true;
     } else {
         db->unsynced_since_ns = kv_now(db);
-        wake = !db->unsynced;
         db->unsynced = true;
     }
-    if (wake) pthread_cond_signal(&db->work);
+    pthread_cond_signal(&db->work);
     pthread_mutex_unlock(&db->state_lock);
 }
 
@@ -8862,8 +8851,7 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
     if (!sync || log->end == log->durable) return KVMETA_OK;
 
     KV_SCHED_POINT("sync");
-    if (KV_MUTANT(10))
-        (void)kv_store_mark(db, 0, log->head.id, log->end, err);
+    if (KV_MUTANT(10)) (void)kv_store_mark(db, 0, log->head.id, log->end, err);
     rc = kv_log_sync(&db->env, log, err);
     if (rc) return kv_store_judge(db, rc, err);
     db->counters.syncs++;
@@ -8935,7 +8923,7 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
     if (db->log.file.open)
         rc = kv_commit_log(db, edit.version->digest, sync, &err);
     if (rc) {
-        if (KV_MUTANT(14) && seq != base) kv_edit_publish(&edit, seq);
+        if (seq != base && KV_MUTANT(14)) kv_edit_publish(&edit, seq);
         else kv_edit_abort(&edit);
         kv_log_buffer_drop(&db->buffer);
         for (struct kv_request *r = group; r; r = r->next)
@@ -9415,7 +9403,7 @@ static int kv_parallel(struct kv_recovery *rec, size_t count,
         if (tasks[i].started) pthread_join(tasks[i].thread, NULL);
         if (!rc && tasks[i].rc) {
             rc = tasks[i].rc;
-            if (err) *err = tasks[i].err;
+            *err = tasks[i].err;
         }
     }
     kv_free(&rec->db->env, tasks);
@@ -9808,7 +9796,7 @@ static int kv_store_new(const struct kvmeta_options *options,
                          .dir = -1};
     unsigned char *memory = kv_alloc_zeroed(&env, bytes);
     struct kvmeta *db;
-    int rc;
+    int rc = KVMETA_OK;
 
     assert(options->vfs);         /* the options are normalized */
     if (!memory) return kv_fail_memory(err, bytes);
@@ -9819,9 +9807,7 @@ static int kv_store_new(const struct kvmeta_options *options,
     db->options = *options;
     db->env.process_id = env.vfs->process_id(env.vfs->user);
     db->alive = kv_alive_map(&db->env);
-    rc = kv_shape_init(&db->env.shape, options->key_bytes,
-                       options->value_bytes);
-    assert(rc == KVMETA_OK);
+    kv_shape_init(&db->env.shape, options->key_bytes, options->value_bytes);
     kv_crc_init(&db->env.crc, true);
     if (db->options.open_threads == 0) {
         long cores = sysconf(_SC_NPROCESSORS_ONLN);
@@ -9874,7 +9860,7 @@ static int kv_open_lock(struct kvmeta *db, bool create,
     rc = kv_file_open(&db->env, KV_FILE_LOCK, 0, flags, &db->lock, err);
     if (rc) return rc;
     rc = vfs->file_lock(vfs->user, db->lock.handle);
-    if (rc == EWOULDBLOCK || rc == EAGAIN)
+    if (rc == EWOULDBLOCK)
         return kv_fail(err, KVMETA_E_BUSY, rc,
                        "LOCK: the store is open elsewhere");
     return rc ? kv_fail_file(err, &db->lock, rc, "lock", 0) : KVMETA_OK;
@@ -9942,10 +9928,10 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
     bool read_only = db->options.flags & KVMETA_READ_ONLY;
     int rc;
 
+    assert(!db->lock.open);
     *again = false;
     rc = kv_listing_read(&db->env, &rec->list, err);
-    if (!rc && rec->list.lock && !db->lock.open)
-        rc = kv_open_lock(db, false, err);
+    if (!rc && rec->list.lock) rc = kv_open_lock(db, false, err);
     if (rc) return rc;
     if (!rec->list.manifest) {
         rc = kv_open_absent(db, rec, err);
@@ -10345,7 +10331,8 @@ static int kv_batch_add(kvmeta_batch *b, int type, const void *key,
     if (rc) return rc;
     bytes = b->bytes + b->count * shape->record_bytes;
     memcpy(bytes, key, shape->key_bytes);
-    if (value && type != KVMETA_OP_REMOVE && shape->value_bytes)
+    assert(type != KVMETA_OP_REMOVE || !value);
+    if (value && shape->value_bytes)
         memcpy(bytes + shape->key_bytes, value, shape->value_bytes);
     b->ops[b->count].type = type;
     b->ops[b->count].key = NULL;  /* set when committed: bytes may move */

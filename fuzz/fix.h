@@ -162,7 +162,7 @@ static inline bool fix_table_parts(uint8_t *data, size_t bytes,
     if (bytes < KV_TABLE_HEADER_BYTES + KV_TABLE_FOOTER_BYTES) return false;
     p->env = fix_env(data + 24);
     fuzz_widths(data + 12, data + 16, &key_bytes, &value_bytes);
-    (void)kv_shape_init(&p->env.shape, key_bytes, value_bytes);
+    kv_shape_init(&p->env.shape, key_bytes, value_bytes);
     p->seed = kv_crc_file_seed(&p->env, KV_FILE_TABLE,
                                kv_load_le64(data + 40), data + 48);
     p->footer = data + bytes - KV_TABLE_FOOTER_BYTES;
