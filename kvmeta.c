@@ -9969,6 +9969,8 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
     rc = kv_open_dir(db, path, err);
     if (!rc) rc = kv_open_recover(db, path, &rec, again, err);
     kv_recovery_free(&rec);
+    /* Short lives may have left more than their background could flush. */
+    db->backlogged = kv_logs_waiting_locked(db) >= KV_LOGS_WAITING_MAX;
     if (!rc && !*again
         && !(options->flags & (KVMETA_NO_THREAD | KVMETA_READ_ONLY))) {
         int e = pthread_create(&db->thread, NULL, kv_worker_main, db);

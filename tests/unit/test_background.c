@@ -593,6 +593,32 @@ static void close_does_not_wait_for_the_backlog(struct unit *u)
     assert_true(unit_files(u, ".tab") >= 1);
 }
 
+/* Goal: a store of short lives, each too short for the background, does not
+ * end with more logs than a manifest holds. */
+static void check_short_lives(struct unit *u, uint32_t flags)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db;
+    uint64_t i;
+
+    options.flags = flags;
+    for (i = 0; i < 40; i++) {
+        db = unit_open(u, &options);
+        unit_holds(db, 0, i, 0);
+        unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+        assert_true(unit_stats(db).logs_waiting <= 8);
+        unit_close(db);
+    }
+    assert_true(unit_files(u, ".tab") > 0);
+    unit_remove_tree(u->dir);
+}
+
+static void short_lives_do_not_pile_up_logs(struct unit *u)
+{
+    check_short_lives(u, KVMETA_NO_THREAD);
+    check_short_lives(u, 0);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(flush_moves_the_log_into_a_table),
     UNIT_CASE(compact_leaves_one_table_without_tombstones),
@@ -611,6 +637,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(writers_get_the_error_of_a_background_that_keeps_failing),
     UNIT_CASE(a_healthy_store_has_no_last_error),
     UNIT_CASE(close_does_not_wait_for_the_backlog),
+    UNIT_CASE(short_lives_do_not_pile_up_logs),
 };
 
 UNIT_MAIN(cases)
