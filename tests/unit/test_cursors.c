@@ -194,6 +194,35 @@ static void keys_with_equal_heads_are_told_apart(struct unit *u)
     view_close(&view);
 }
 
+/* Goal: so are keys that begin with the largest number there is, which also
+ * stands where a node has no key. Method: the last bytes alone differ; one
+ * key in two is not there. */
+static void keys_with_the_largest_head_are_told_apart(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 12, 4);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char key[12], value[4], got[4];
+    uint64_t i;
+
+    memset(key, 0xff, sizeof key);
+    for (i = 0; i < 600; i++) {
+        unit_key(4, i * 7 % 600 * 2, key + 8);
+        unit_value(4, i * 7 % 600, value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+    }
+    unit_ok(kvmeta_sync(db));
+    for (i = 0; i < 600; i++) {
+        unit_key(4, 2 * i, key + 8);
+        unit_value(4, i, value);
+        unit_ok(kvmeta_get(db, key, got));
+        assert_memory_equal(got, value, 4);
+        unit_key(4, 2 * i + 1, key + 8);
+        unit_is(kvmeta_get(db, key, got), KVMETA_NOT_FOUND);
+    }
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* Goal: a value's address is good until the snapshot is released, though the
  * cursor moves on and is closed, and the record is replaced and compacted. */
 static void values_are_valid_until_the_snapshot_is_released(struct unit *u)
@@ -245,6 +274,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(walks_end_on_no_record),
     UNIT_CASE(seeks_find_the_neighbours),
     UNIT_CASE(keys_with_equal_heads_are_told_apart),
+    UNIT_CASE(keys_with_the_largest_head_are_told_apart),
     UNIT_CASE(values_are_valid_until_the_snapshot_is_released),
     UNIT_CASE(cursors_of_one_snapshot_are_independent),
 };

@@ -381,6 +381,8 @@ static void replace(struct unit *u, const char *name, const char *kind)
         assert_int_equal(symlink(away, unit_path(u, name)), 0);
     } else if (strcmp(kind, "fifo") == 0) {
         assert_int_equal(mkfifo(unit_path(u, name), 0600), 0);
+    } else if (strcmp(kind, "socket") == 0) {
+        assert_int_equal(mknod(unit_path(u, name), S_IFSOCK | 0600, 0), 0);
     } else {
         assert_int_equal(mkdir(unit_path(u, name), 0700), 0);
     }
@@ -395,12 +397,13 @@ static void restore(struct unit *u, const char *name)
     assert_int_equal(rename(away, unit_path(u, name)), 0);
 }
 
-/* Goal: a link, a pipe or a directory in the place of a file is an error
- * with the file's name: links are not followed, pipes not waited on. The
+/* Goal: a link, a pipe, a socket or a directory in the place of a file is an
+ * error with the file's name: links are not followed, pipes not waited on. The
  * alarm of every test catches a hang. */
 static void links_pipes_and_directories_are_no_files(struct unit *u)
 {
-    static const char *const kinds[] = {"link", "fifo", "directory"};
+    static const char *const kinds[] = {"link", "fifo", "socket",
+                                        "directory"};
     struct kvmeta_options options = unit_quiet(u);
     char names[4][64] = {"MANIFEST", "LOCK", "", ""};
     size_t file, kind;
@@ -411,7 +414,7 @@ static void links_pipes_and_directories_are_no_files(struct unit *u)
     assert_true(unit_find(u, ".tab", 0, names[2]));
     assert_true(unit_find(u, ".wal", 0, names[3]));
     for (file = 0; file < 4; file++) {
-        for (kind = 0; kind < 3; kind++) {
+        for (kind = 0; kind < 4; kind++) {
             replace(u, names[file], kinds[kind]);
             rc = kvmeta_open(u->dir, &options, &db, &u->err);
             if (rc != KVMETA_E_CORRUPT && rc != KVMETA_E_IO) {

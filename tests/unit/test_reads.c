@@ -319,6 +319,33 @@ static void keys_without_values_take_null(struct unit *u)
     kvmeta_snapshot_release(snapshot);
     unit_ok(kvmeta_remove(db, "abc", 0));
     assert_int_equal(kvmeta_count(db), 0);
+    unit_ok(kvmeta_put(db, "abd", NULL, KVMETA_BUFFERED));
+    unit_ok(kvmeta_get(db, "abd", NULL));
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_ok(kvmeta_get(db, "abd", NULL));
+    assert_int_equal(kvmeta_count(db), 1);
+    unit_close(db);
+}
+
+/* Goal: a buffered put of a record that is too wide to wait for others is
+ * seen at once, like any other. */
+static void wide_buffered_puts_are_seen_at_once(struct unit *u)
+{
+    static unsigned char value[20000], got[20000];
+    struct kvmeta_options options = unit_options(u, 8, sizeof value);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char key[8];
+    uint64_t i;
+
+    for (i = 0; i < 20; i++) {
+        unit_key(8, i % 15, key);
+        unit_value(sizeof value, i, value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+        unit_ok(kvmeta_get(db, key, got));
+        assert_memory_equal(got, value, sizeof value);
+    }
+    assert_int_equal(kvmeta_count(db), 15);
     unit_close(db);
 }
 
@@ -412,6 +439,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(digest_changes_with_every_record),
     UNIT_CASE(widths_at_their_edges_work),
     UNIT_CASE(keys_without_values_take_null),
+    UNIT_CASE(wide_buffered_puts_are_seen_at_once),
     UNIT_CASE(buffered_puts_are_seen_at_once),
     UNIT_CASE(a_snapshot_does_not_see_puts_that_wait),
 };
