@@ -6,6 +6,8 @@
  */
 #include "unit.h"
 
+#include <sys/resource.h>
+
 static void step_until_idle(kvmeta *db)
 {
     int did = 1, steps = 0;
@@ -161,6 +163,100 @@ static void tables_of_like_size_are_merged(struct unit *u)
     unit_holds(db, 0, 2000, 0);
     unit_ok(kvmeta_verify(db, NULL));
     unit_close(db);
+}
+
+/* Goal: a merge takes the young tables of like size and leaves an old one
+ * that is much larger alone; one fewer than the window is left alone, too. */
+static void a_merge_takes_the_tables_of_like_size_only(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_stats s;
+    char large[64], name[64];
+    kvmeta *db;
+    uint64_t i;
+
+    options.merge_window = 3;
+    options.space_amp_max = 100;
+    db = unit_open(u, &options);
+    unit_fill_random(db, 0, 5000, 1);
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_find(u, ".tab", 0, large));
+    for (i = 0; i < 3; i++) {
+        step_until_idle(db);
+        assert_true(unit_stats(db).merges == 0);
+        unit_fill_random(db, 100 * i, 100 * i + 100, 2 + i);
+        unit_ok(kvmeta_flush(db));
+    }
+    assert_int_equal(unit_files(u, ".tab"), 4);
+    step_until_idle(db);
+    s = unit_stats(db);
+    assert_true(s.merges == 1 && s.tables == 2);
+    assert_true(s.table_records == 5300);
+    assert_int_equal(unit_files(u, ".tab"), 2);
+    assert_true(unit_find(u, ".tab", 0, name));
+    assert_string_equal(name, large);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+/* Goal: so does one at the other end: the old tables are merged below a young
+ * one that is much larger. Here they cancel out, and what is left, one table,
+ * has a tombstone, which compaction takes away. */
+static void a_merge_may_leave_nothing_below_a_larger_table(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_stats s;
+    unsigned char key[8];
+    kvmeta *db;
+
+    options.merge_window = 2;
+    options.space_amp_max = 100;
+    db = unit_open(u, &options);
+    unit_key(8, 0, key);
+    unit_fill(db, 0, 1, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+    unit_ok(kvmeta_flush(db));
+    unit_fill_random(db, 0, 3000, 1);
+    unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+    unit_ok(kvmeta_flush(db));
+    step_until_idle(db);
+    s = unit_stats(db);
+    assert_true(s.merges == 1 && s.tables == 1);
+    assert_true(s.records == 2999 && s.table_records == 3000);
+    unit_ok(kvmeta_compact(db));
+    s = unit_stats(db);
+    assert_true(s.tables == 1 && s.table_records == 2999);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+/* Goal: a host that only flushes never has more tables than a manifest holds:
+ * where there is no room for another, compaction goes first. */
+static void flushes_alone_do_not_run_out_of_tables(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct rlimit files, more;
+    struct kvmeta_stats s;
+    kvmeta *db;
+    uint64_t i;
+
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
+    more.rlim_cur = more.rlim_max = files.rlim_max;
+    assert_true(more.rlim_cur > 1100);   /* each table is open */
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &more), 0);
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    for (i = 0; i < 1026; i++) {
+        unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+        s = unit_stats(db);
+        assert_true(s.tables == (i < 1024 ? i + 1 : i - 1022));
+    }
+    assert_true(s.full_compactions == 1);
+    unit_holds(db, 0, 1026, 0);
+    unit_close(db);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
 }
 
 /* Goal: the tables never stay above space_amp_max times the records. */
@@ -437,12 +533,14 @@ static void a_damaged_sealed_log_is_healed_from_memory(struct unit *u)
 }
 
 /* Goal: a merge that meets damage heals it, too: nobody asked for a verify. */
-static void a_merge_over_a_damaged_table_heals_it(struct unit *u)
+static void check_merge_heals(struct unit *u, uint32_t flags)
 {
     struct kvmeta_options options = unit_quiet(u);
     char name[64];
-    kvmeta *db = unit_open(u, &options);
+    kvmeta *db;
 
+    options.flags = flags;
+    db = unit_open(u, &options);
     unit_fill(db, 0, 1000, 0, KVMETA_BUFFERED);
     unit_ok(kvmeta_flush(db));
     unit_fill(db, 1000, 2000, 0, KVMETA_BUFFERED);
@@ -457,6 +555,43 @@ static void a_merge_over_a_damaged_table_heals_it(struct unit *u)
     unit_close(db);
     db = unit_open(u, &options);
     unit_holds(db, 0, 2000, 0);
+    unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void a_merge_over_a_damaged_table_heals_it(struct unit *u)
+{
+    check_merge_heals(u, KVMETA_NO_THREAD);
+    check_merge_heals(u, 0);
+}
+
+/* Goal: a heal that fails is tried again, and until then the damage is known
+ * and nothing lost. */
+static void a_heal_that_fails_is_tried_again(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    char name[64];
+    kvmeta *db;
+
+    faults->create_suffix = ".tab";
+    options.vfs = &faults->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 1000, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_find(u, ".tab", 0, name));
+    unit_flip(u, name, unit_size(u, name) / 2);
+    unit_is(kvmeta_verify(db, NULL), KVMETA_E_CORRUPT);
+    atomic_store(&faults->create_errno, EMFILE);
+    unit_is(kvmeta_wait_idle(db), KVMETA_E_IO);
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_IO);
+    atomic_store(&faults->create_errno, 0);
+    unit_is(kvmeta_verify(db, NULL), KVMETA_E_CORRUPT);
+    unit_ok(kvmeta_wait_idle(db));
+    assert_true(unit_stats(db).heals == 1);
+    unit_ok(kvmeta_last_error(db, NULL));
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_holds(db, 0, 1000, 0);
     unit_close(db);
 }
 
@@ -553,6 +688,80 @@ static void writers_get_the_error_of_a_background_that_keeps_failing(
     check_backlog_error(u, 0);
 }
 
+/* Goal: a log that cannot be made ahead is an error of that step alone. */
+static void a_log_ahead_that_cannot_be_made_is_made_later(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    size_t logs;
+    kvmeta *db;
+    int did;
+
+    options.vfs = &faults->vfs;
+    options.log_bytes_max = 65536;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 500, 0, KVMETA_WRITTEN);
+    logs = unit_files(u, ".wal");
+    assert_int_equal(logs, 1);
+    atomic_store(&faults->write_errno, EIO);
+    unit_is(kvmeta_step(db, &did), KVMETA_E_IO);
+    atomic_store(&faults->write_errno, 0);
+    assert_int_equal(unit_files(u, ".wal"), logs);
+    step_until_idle(db);
+    assert_int_equal(unit_files(u, ".wal"), logs + 1);
+    unit_fill(db, 500, 1000, 0, KVMETA_WRITTEN);
+    assert_true(unit_stats(db).rotations >= 1);
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_holds(db, 0, 1000, 0);
+    unit_close(db);
+}
+
+/* A host that writes while a table is made, and whose write fails. */
+static struct {
+    struct unit_faults *faults;
+    kvmeta *db;
+    int rc;
+} beside;
+
+static int write_beside_table(void *user, int dir, const char *name, int flags,
+                              int *file)
+{
+    unsigned char key[8] = {0};
+
+    if (beside.db && (flags & KVMETA_VFS_CREATE) && strstr(name, ".tab")) {
+        atomic_store(&beside.faults->sync_errno, EIO);
+        beside.rc = kvmeta_put(beside.db, key, key, KVMETA_DURABLE);
+        atomic_store(&beside.faults->sync_errno, 0);
+        beside.db = NULL;
+    }
+    return unit_fault_open(user, dir, name, flags, file);
+}
+
+/* Goal: a step that runs when a write fails for good does no more of what is
+ * due beside it, and loses nothing. */
+static void a_store_may_fail_during_a_step(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db;
+
+    beside.faults = unit_faults_init(u);
+    beside.faults->vfs.file_open = write_beside_table;
+    options.vfs = &beside.faults->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 1000, 0, KVMETA_DURABLE);
+    beside.db = db;
+    (void)kvmeta_flush(db);
+    assert_null(beside.db);
+    unit_is(beside.rc, KVMETA_E_IO);
+    unit_is(kvmeta_flush(db), KVMETA_E_FAILED);
+    unit_is(kvmeta_close(db), KVMETA_E_FAILED);
+    db = unit_open(u, &options);
+    unit_holds(db, 1, 1000, 0);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* Goal: a store in which nothing went wrong says so. */
 static void a_healthy_store_has_no_last_error(struct unit *u)
 {
@@ -593,6 +802,30 @@ static void close_does_not_wait_for_the_backlog(struct unit *u)
     assert_true(unit_files(u, ".tab") >= 1);
 }
 
+/* Goal: nor does it wait for a step that is braked. Method: 64 KiB a second,
+ * for half a megabyte. */
+static void close_does_not_wait_for_the_brake(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+    uint64_t begin;
+    kvmeta *db;
+
+    options.log_bytes_max = 512 << 10;
+    options.compaction_bytes_per_s = 64 << 10;
+    db = unit_open(u, &options);
+    unit_fill_random(db, 0, 30000, 1);
+    assert_true(unit_stats(db).rotations > 0);
+    unit_sleep_ms(200);                  /* the flush has begun */
+    begin = unit_now_ms();
+    unit_close(db);
+    assert_true(unit_now_ms() - begin < 2000);
+    assert_int_equal(unit_files(u, ".tab"), 0);
+    options.compaction_bytes_per_s = 0;
+    db = unit_open(u, &options);
+    assert_int_equal(kvmeta_count(db), 30000);
+    unit_close(db);
+}
+
 /* Goal: a store of short lives, each too short for the background, does not
  * end with more logs than a manifest holds. */
 static void check_short_lives(struct unit *u, uint32_t flags)
@@ -624,6 +857,9 @@ static struct unit_case cases[] = {
     UNIT_CASE(compact_leaves_one_table_without_tombstones),
     UNIT_CASE(tables_take_records_whose_blocks_are_just_columns),
     UNIT_CASE(tables_of_like_size_are_merged),
+    UNIT_CASE(a_merge_takes_the_tables_of_like_size_only),
+    UNIT_CASE(a_merge_may_leave_nothing_below_a_larger_table),
+    UNIT_CASE(flushes_alone_do_not_run_out_of_tables),
     UNIT_CASE(space_amp_max_is_kept),
     UNIT_CASE(step_does_the_work_of_the_thread),
     UNIT_CASE(wait_idle_waits_for_all_of_it),
@@ -633,10 +869,14 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_damaged_table_is_healed_from_memory),
     UNIT_CASE(a_damaged_sealed_log_is_healed_from_memory),
     UNIT_CASE(a_merge_over_a_damaged_table_heals_it),
+    UNIT_CASE(a_heal_that_fails_is_tried_again),
     UNIT_CASE(a_background_error_is_kept_until_overcome),
     UNIT_CASE(writers_get_the_error_of_a_background_that_keeps_failing),
+    UNIT_CASE(a_log_ahead_that_cannot_be_made_is_made_later),
+    UNIT_CASE(a_store_may_fail_during_a_step),
     UNIT_CASE(a_healthy_store_has_no_last_error),
     UNIT_CASE(close_does_not_wait_for_the_backlog),
+    UNIT_CASE(close_does_not_wait_for_the_brake),
     UNIT_CASE(short_lives_do_not_pile_up_logs),
 };
 

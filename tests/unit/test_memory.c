@@ -19,20 +19,6 @@ static int refused(struct unit *u)
     return atomic_load(&u->alloc.calls) >= u->alloc.fail_at;
 }
 
-/* Values without order beside keys in order: both cost zstd something. */
-static void fill_mixed(kvmeta *db, uint64_t from, uint64_t to, uint64_t salt)
-{
-    struct test_rng rng = {salt};
-    unsigned char key[8], value[8];
-    uint64_t i;
-
-    for (i = from; i < to; i++) {
-        unit_key(8, i, key);
-        test_rng_bytes(&rng, value, sizeof value);
-        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
-    }
-}
-
 /* --------------------------------------------------------------------------
  * The background
  * -------------------------------------------------------------------------- */
@@ -49,7 +35,7 @@ static void a_flush_without_memory_fails_alone(struct unit *u)
     options.vfs = unit_unsynced(u);
     db = unit_open(u, &options);
     for (at = 1; hit; at++) {
-        fill_mixed(db, 0, 2000, at);
+        unit_fill_random(db, 0, 2000, at);
         digest = kvmeta_digest(db);
         refuse(u, at);
         rc = kvmeta_flush(db);
@@ -78,9 +64,9 @@ static void a_merge_without_memory_fails_alone(struct unit *u)
     options.vfs = unit_unsynced(u);
     db = unit_open(u, &options);
     for (at = 1; hit; at++) {
-        fill_mixed(db, 0, 1000, at);
+        unit_fill_random(db, 0, 1000, at);
         unit_ok(kvmeta_flush(db));
-        fill_mixed(db, 500, 1500, at);
+        unit_fill_random(db, 500, 1500, at);
         unit_ok(kvmeta_flush(db));
         digest = kvmeta_digest(db);
         refuse(u, at);

@@ -826,22 +826,29 @@ static void a_log_that_does_not_follow_the_tables_is_healed(struct unit *u)
 
 /* Goal: a merge that does not balance is thrown away, its inputs stay, and
  * compaction stops with an error that can be asked for. */
-static void a_merge_that_does_not_balance_is_discarded(struct unit *u)
+static void check_balance(struct unit *u, bool whole)
 {
     struct kvmeta_options options = unit_quiet(u);
     kvmeta *db = unit_open(u, &options);
     struct kvmeta_error err;
+    uint64_t *broken;
 
     unit_fill(db, 0, 100, 0, 0);
     unit_ok(kvmeta_flush(db));
     unit_fill(db, 50, 150, 7, 0);
     unit_ok(kvmeta_flush(db));
-    db->tables[0].sum.hi ^= 1;
+    broken = whole ? &db->tables_digest.hi : &db->tables[0].sum.hi;
+    *broken ^= 1;
     unit_is(kvmeta_compact(db), KVMETA_E_CORRUPT);
+    *broken ^= 1;
     unit_is(kvmeta_last_error(db, &err), KVMETA_E_CORRUPT);
     assert_non_null(strstr(err.message, "does not balance"));
     assert_int_equal(unit_stats(db).heals, 0);
     unit_fill(db, 150, 200, 7, 0);
+    unit_ok(kvmeta_flush(db));
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_CORRUPT);
+    unit_is(kvmeta_compact(db), KVMETA_E_FAILED);
+    assert_int_equal(unit_stats(db).tables, 3);
     unit_close(db);
     db = unit_open(u, &options);
     unit_holds(db, 0, 50, 0);
@@ -849,6 +856,13 @@ static void a_merge_that_does_not_balance_is_discarded(struct unit *u)
     unit_ok(kvmeta_compact(db));
     unit_ok(kvmeta_verify(db, NULL));
     unit_close(db);
+    unit_remove_tree(u->dir);
+}
+
+static void a_merge_that_does_not_balance_is_discarded(struct unit *u)
+{
+    check_balance(u, false);
+    check_balance(u, true);
 }
 
 /* Goal: a digest that was damaged in memory reaches the log, but no table:
