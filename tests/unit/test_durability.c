@@ -264,6 +264,55 @@ static void a_failed_sync_call_is_final(struct unit *u)
     kvmeta_close(db);
 }
 
+/* Goal: so is a failed write of a full buffer: the buffered put that met it
+ * fails, and those before it stay visible. */
+static void a_failed_write_of_the_buffer_is_final(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    uint64_t count = 0;
+    unsigned char key[8];
+    int rc = KVMETA_OK;
+    kvmeta *db;
+
+    options.vfs = &faults->vfs;
+    options.log_buffer_bytes = 4096;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 1, 0, KVMETA_DURABLE);
+    atomic_store(&faults->write_errno, EIO);
+    while (rc == KVMETA_OK && count < 1000) {
+        unit_key(8, ++count, key);
+        rc = kvmeta_put(db, key, key, KVMETA_BUFFERED);
+    }
+    unit_is(rc, KVMETA_E_IO);
+    atomic_store(&faults->write_errno, 0);
+    assert_true(count > 100 && kvmeta_count(db) == count);
+    unit_is(kvmeta_has(db, key), KVMETA_NOT_FOUND);
+    want_refused(db);
+    unit_is(kvmeta_close(db), KVMETA_E_FAILED);
+}
+
+/* Goal: a batch that changes nothing, for what it expects is not so, says
+ * that, also where the sync for those before it fails. */
+static void a_conflict_is_one_though_the_sync_fails(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    unsigned char key[8] = {0xff};
+    struct kvmeta_op op = {KVMETA_OP_EXPECT, key, key};
+    kvmeta *db;
+
+    options.vfs = &faults->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, KVMETA_WRITTEN);
+    atomic_store(&faults->sync_errno, EIO);
+    unit_is(kvmeta_write(db, &op, 1, KVMETA_DURABLE, NULL), KVMETA_CONFLICT);
+    atomic_store(&faults->sync_errno, 0);
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_IO);
+    want_refused(db);
+    kvmeta_close(db);
+}
+
 /* Goal: no space is not final: the write fails, nothing changed, and the
  * next one works. */
 static void no_space_is_not_final(struct unit *u)
@@ -358,6 +407,43 @@ static void a_failed_close_is_as_a_kill(struct unit *u)
     unit_close(db);
 }
 
+/* Fails the sync `fail_sync_at` from now; 0: none. */
+static int fail_sync_at;
+
+static int sync_or_fail(void *user, int file)
+{
+    return fail_sync_at > 0 && --fail_sync_at == 0
+        ? EIO : unit_fault_sync(user, file);
+}
+
+/* Goal: each sync of a close that fails makes the close fail, and nothing
+ * that was acknowledged is lost. */
+static void each_sync_of_a_close_counts(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    int at, rc, hit = 1;
+
+    faults->vfs.file_sync = sync_or_fail;
+    options.vfs = &faults->vfs;
+    for (at = 1; hit; at++) {
+        kvmeta *db = unit_open(u, &options);
+
+        unit_fill(db, 0, 50, 0, KVMETA_DURABLE);
+        unit_fill(db, 50, 100, 0, KVMETA_WRITTEN);
+        fail_sync_at = at;
+        rc = kvmeta_close(db);
+        hit = fail_sync_at == 0;
+        fail_sync_at = 0;
+        unit_is(rc, hit ? KVMETA_E_IO : KVMETA_OK);
+        db = unit_open(u, &options);
+        unit_holds(db, 0, 50, 0);
+        unit_close(db);
+        unit_remove_tree(u->dir);
+    }
+    assert_true(at > 3);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_kill_costs_only_what_was_buffered),
     UNIT_CASE(sync_is_a_barrier),
@@ -367,9 +453,12 @@ static struct unit_case cases[] = {
     UNIT_CASE(the_log_buffer_is_bounded),
     UNIT_CASE(a_failed_write_or_sync_is_final),
     UNIT_CASE(a_failed_sync_call_is_final),
+    UNIT_CASE(a_failed_write_of_the_buffer_is_final),
+    UNIT_CASE(a_conflict_is_one_though_the_sync_fails),
     UNIT_CASE(no_space_is_not_final),
     UNIT_CASE(no_descriptor_is_not_final),
     UNIT_CASE(a_failed_close_is_as_a_kill),
+    UNIT_CASE(each_sync_of_a_close_counts),
 };
 
 UNIT_MAIN(cases)

@@ -153,6 +153,79 @@ static void a_second_opener_is_busy(struct unit *u)
     unit_close(db);
 }
 
+/* Another process that makes the store first: when this one locks LOCK. */
+static struct unit *faster;
+
+static int lock_after_another(void *user, int file)
+{
+    struct unit *u = faster;
+
+    (void)user;
+    if (u) {
+        faster = NULL;
+        make_store(u);
+    }
+    return kvmeta_vfs_posix()->file_lock(NULL, file);
+}
+
+/* Goal: of two that find no store one makes it, and the other opens that. */
+static void a_store_that_another_makes_meanwhile_is_opened(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+    kvmeta *db;
+
+    vfs.file_lock = lock_after_another;
+    options.vfs = &vfs;
+    faster = u;
+    db = unit_open(u, &options);
+    assert_null(faster);
+    unit_holds(db, 0, 400, 0);
+    assert_true(kvmeta_count(db) == 400);
+    unit_close(db);
+}
+
+/* Fails the read `fail_read_at` from now; 0: none. */
+static int fail_read_at;
+
+static int64_t read_or_fail(void *user, int file, void *buf, size_t bytes,
+                            uint64_t off)
+{
+    (void)user;
+    return fail_read_at > 0 && --fail_read_at == 0
+        ? -EIO : kvmeta_vfs_posix()->file_read(NULL, file, buf, bytes, off);
+}
+
+/* Goal: each read of an open that fails makes the open fail and changes
+ * nothing, those of files that the manifest does not know included. */
+static void each_read_of_an_open_counts(struct unit *u)
+{
+    static unsigned char junk[600];
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+    kvmeta *db = NULL;
+    int at;
+
+    make_store(u);
+    unit_write_path(unit_path(u, "w00000000000000ff.wal"), junk, sizeof junk);
+    unit_write_path(unit_path(u, "t00000000000000fe.tab"), junk, sizeof junk);
+    vfs.file_read = read_or_fail;
+    options.vfs = &vfs;
+    options.flags |= KVMETA_READ_ONLY;
+    for (at = 1;; at++) {
+        fail_read_at = at;
+        (void)kvmeta_open(u->dir, &options, &db, &u->err);
+        if (fail_read_at > 0) break;
+        fail_read_at = at;
+        unit_open_fails(u, &options, KVMETA_E_IO);
+    }
+    fail_read_at = 0;
+    assert_true(at > 8);
+    assert_non_null(db);
+    unit_close(db);
+    check_store(u);
+}
+
 struct forked {
     struct unit *u;
     kvmeta *db;
@@ -473,6 +546,8 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_missing_parent_is_an_error_with_its_errno),
     UNIT_CASE(open_and_close_without_writes_change_nothing),
     UNIT_CASE(a_second_opener_is_busy),
+    UNIT_CASE(a_store_that_another_makes_meanwhile_is_opened),
+    UNIT_CASE(each_read_of_an_open_counts),
     UNIT_CASE(a_forked_child_is_refused_and_its_parent_undisturbed),
     UNIT_CASE(a_read_only_store_refuses_writes_and_changes_nothing),
     UNIT_CASE(a_read_only_store_tells_of_damage_and_heals_nothing),
