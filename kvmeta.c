@@ -6713,8 +6713,8 @@ static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
     if (rc) return rc;
     if (run->size > (uint64_t)UINT32_MAX * 8)
         return kv_fail_corrupt(err, file, 0, "too large for a log");
-    if (run->size > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
-    run->bytes = kv_alloc_pages(env, (size_t)run->size + 1);
+    if (run->size < SIZE_MAX / 2) /* cannot: be more on 64 bits */
+        run->bytes = kv_alloc_pages(env, (size_t)run->size + 1);
     if (!run->bytes) return kv_fail_memory(err, (size_t)run->size + 1);
     return kv_file_read(env, file, run->bytes, (size_t)run->size, 0, err);
 }
@@ -8243,9 +8243,6 @@ static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
                             version->seq, version->digest, err);
     kv_tree_drop(&db->tree, version);
     if (rc) return rc;
-    pthread_mutex_lock(&db->state_lock);
-    db->heal_wanted = false;
-    pthread_mutex_unlock(&db->state_lock);
     db->compaction_stopped = false;
     db->counters.heals++;
     kv_log(&db->env, KVMETA_LOG_WARNING,
@@ -8522,6 +8519,7 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
         if (damaged) db->heal_wanted = true;
         if (damaged) db->retry_ns = 0;
     }
+    if (plan->step == KV_STEP_HEAL && !rc) db->heal_wanted = false;
     if (plan->step == KV_STEP_FULL && !rc) db->full_wanted = false;
     if (kv_logs_waiting_locked(db) == 0) db->flush_wanted = false;
     if (kv_logs_waiting_locked(db) < KV_LOGS_WAITING_MAX)

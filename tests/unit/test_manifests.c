@@ -1,7 +1,7 @@
 /*
- * Manifests whose sums are right and that say what is not so: of a bug, of
- * bytes that were damaged before they were summed, of somebody hostile. Looks
- * inside, for the code that encodes them.
+ * Manifests, and marks, whose sums are right and that say what is not so: of a
+ * bug, of bytes that were damaged before they were summed, of somebody
+ * hostile. Looks inside, for the code that encodes them.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -179,9 +179,44 @@ static void a_manifest_that_is_too_long_is_corrupt(struct unit *u)
                 < 2 * KV_MANIFEST_BYTES_MAX);
 }
 
+/* LOCK with this mark, of a store whose uuid is all zeros, in slot 0 or 1. */
+static void write_mark(struct unit *u, const struct kv_mark *mark)
+{
+    static unsigned char file[KV_MARK_STRIDE + KV_MARK_BYTES];
+    struct kv_env env = {.vfs = NULL};
+
+    kv_crc_init(&env.crc, true);
+    memset(file, 0, sizeof file);
+    kv_mark_encode(&env, mark, file + mark->counter % 2 * KV_MARK_STRIDE);
+    unit_write_path(unit_path(u, "LOCK"), file, sizeof file);
+}
+
+/* Goal: where there is no manifest any mark that is valid shows that there
+ * was one, whatever its uuid and in either slot; one that counts further than
+ * any store can is not valid. */
+static void a_mark_without_a_manifest_is_corrupt(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kv_mark mark = {.counter = 1, .gen = 1};
+    kvmeta *db;
+
+    assert_int_equal(mkdir(u->dir, 0700), 0);
+    for (; mark.counter <= 2; mark.counter++) {
+        write_mark(u, &mark);
+        unit_open_fails(u, &options, KVMETA_E_CORRUPT);
+        assert_non_null(strstr(u->err.message, "LOCK has marks"));
+    }
+    mark.counter = KV_NUMBER_MAX;
+    write_mark(u, &mark);
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, 0);
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_manifest_that_says_what_is_not_so_is_corrupt),
     UNIT_CASE(a_manifest_that_is_too_long_is_corrupt),
+    UNIT_CASE(a_mark_without_a_manifest_is_corrupt),
 };
 
 UNIT_MAIN(cases)

@@ -1,0 +1,327 @@
+/*
+ * The steps of a commit and of the background, one at a time, as they meet
+ * when several threads are at work; what does not fit into memory or into a
+ * manifest; and how full nodes are. Looks inside, where the public functions
+ * would need luck.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#define KVMETA_STATIC
+#include "unit.h"
+#include "unit_files.h"
+
+#include "../../kvmeta.c"
+
+/* --------------------------------------------------------------------------
+ * The background
+ * -------------------------------------------------------------------------- */
+
+/* Goal: the worker sleeps until the first thing is due, and for ever where
+ * nothing is, or nothing may be done any more. */
+static void the_worker_sleeps_until_the_first_thing_is_due(struct unit *u)
+{
+    const uint64_t ms = 1000000, at = 5000 * ms;
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db;
+
+    options.sync_interval_ms = 250;
+    db = unit_open(u, &options);
+    assert_true(kv_worker_due_locked(db) == 0);
+    db->unsynced = true;
+    db->unsynced_since_ns = at;
+    assert_true(kv_worker_due_locked(db) == at + 250 * ms);
+    db->mark_dirty = true;
+    db->dirty_since_ns = at;
+    assert_true(kv_worker_due_locked(db) == at + 100 * ms);
+    db->dirty_since_ns = at + 200 * ms;
+    assert_true(kv_worker_due_locked(db) == at + 250 * ms);
+    db->retry_ns = at + 30 * ms;
+    assert_true(kv_worker_due_locked(db) == at + 30 * ms);
+    db->retry_ns = at + 260 * ms;
+    assert_true(kv_worker_due_locked(db) == at + 250 * ms);
+    db->options.sync_interval_ms = 0;
+    assert_true(kv_worker_due_locked(db) == at + 260 * ms);
+    db->failed = KVMETA_E_IO;
+    assert_true(kv_worker_due_locked(db) == 0);
+    db->failed = KVMETA_OK;
+    db->mark_dirty = db->unsynced = false;
+    db->retry_ns = 0;
+    unit_close(db);
+}
+
+static unsigned asked;
+
+/* Over when asked for the third time; until then there was an error that has
+ * been overcome, then one that a heal will overcome. */
+static bool over_after_errors(struct kvmeta *db, uint64_t unused)
+{
+    (void)unused;
+    db->counters.background_errors++;
+    db->heal_wanted = ++asked == 2;
+    db->background_error.code = asked == 2 ? KVMETA_E_CORRUPT : KVMETA_OK;
+    return asked == 3;
+}
+
+/* Goal: who waits for the thread hears of errors that stay, not of those that
+ * have been, or will be, overcome. Method: no thread; the wait wakes up by
+ * itself. */
+static void an_error_that_is_overcome_ends_no_wait(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    db->has_thread = true;
+    asked = 0;
+    unit_ok(kv_wait(db, over_after_errors, 0));
+    assert_int_equal(asked, 3);
+    db->has_thread = false;
+    unit_close(db);
+}
+
+static bool over_when_asked_again(struct kvmeta *db, uint64_t unused)
+{
+    (void)db, (void)unused;
+    return asked++ > 0;
+}
+
+/* Goal: a wait without a thread that finds nothing to do is over if another
+ * thread of the host has done it meanwhile. */
+static void what_another_thread_has_done_ends_a_wait(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    asked = 0;
+    unit_ok(kv_wait(db, over_when_asked_again, 0));
+    assert_int_equal(asked, 2);
+    unit_close(db);
+}
+
+/* Goal: a sync of the log is nothing where the log was sealed since it was
+ * planned. */
+static void a_log_sync_without_a_log_does_nothing(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    struct kvmeta_error err = {0};
+    uint_fast64_t syncs;
+    kvmeta *db;
+
+    options.vfs = &faults->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, KVMETA_WRITTEN);
+    syncs = atomic_load(&faults->syncs);
+    unit_ok(kv_job_log_sync(db, &err));
+    assert_true(atomic_load(&faults->syncs) == syncs + 1);
+    unit_ok(kvmeta_flush(db));
+    syncs = atomic_load(&faults->syncs);
+    unit_ok(kv_job_log_sync(db, &err));
+    assert_true(atomic_load(&faults->syncs) == syncs);
+    unit_close(db);
+}
+
+/* Goal: a heal does nothing where writing has stopped since it was planned. */
+static void a_heal_of_a_store_that_has_failed_does_nothing(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    struct kvmeta_error err = {0};
+    unsigned char key[8] = {1};
+    kvmeta *db;
+
+    options.vfs = &faults->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, KVMETA_WRITTEN);
+    unit_ok(kvmeta_flush(db));
+    unit_fill(db, 10, 20, 0, KVMETA_WRITTEN);
+    atomic_store(&faults->sync_errno, EIO);
+    unit_is(kvmeta_put(db, key, key, KVMETA_DURABLE), KVMETA_E_IO);
+    atomic_store(&faults->sync_errno, 0);
+    unit_is(kv_job_heal(db, &err), KVMETA_E_FAILED);
+    assert_int_equal(unit_files(u, ".tab"), 1);
+    assert_int_equal(unit_stats(db).heals, 0);
+    unit_is(kvmeta_close(db), KVMETA_E_FAILED);
+}
+
+/* --------------------------------------------------------------------------
+ * Logs that wait
+ * -------------------------------------------------------------------------- */
+
+/* Goal: a writer that is past the check for a backlog lets the log grow and
+ * begins no other; a manifest that is full of logs refuses one more, and
+ * nothing has changed: the log goes on, and once the others are flushed there
+ * is room. */
+static void logs_that_wait_have_a_limit(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_error err = {0};
+    kvmeta *db;
+    uint64_t i;
+    int rc = KVMETA_OK;
+
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    for (i = 0; rc == KVMETA_OK; i++) {
+        size_t logs = db->manifest.logs_count;
+
+        unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+        if (logs > KV_LOGS_WAITING_MAX) {
+            unit_ok(kv_commit_open_log(db, 1 << 30, &err));
+            assert_int_equal(db->manifest.logs_count, logs);
+            assert_true(db->backlogged);
+            db->backlogged = false;
+        }
+        rc = kv_rotate(db, true, &err);
+    }
+    unit_is(rc, KVMETA_E_LIMIT);
+    assert_int_equal(db->manifest.logs_count, KV_MANIFEST_LOGS_MAX);
+    assert_int_equal(db->failed, KVMETA_OK);
+    assert_int_equal(unit_files(u, ".wal"), KV_MANIFEST_LOGS_MAX);
+    unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+    unit_ok(kvmeta_compact(db));
+    unit_fill(db, i + 1, i + 2, 0, KVMETA_WRITTEN);
+    unit_holds(db, 0, i + 2, 0);
+    unit_close(db);
+    db = unit_open(u, &options);
+    unit_holds(db, 0, i + 2, 0);
+    unit_close(db);
+}
+
+/* --------------------------------------------------------------------------
+ * Groups
+ * -------------------------------------------------------------------------- */
+
+enum { WRITERS = 2, WRITER_OPS = 100000 };
+
+static struct group {
+    kvmeta *db;
+    atomic_int armed;
+    unsigned char keys[WRITERS][WRITER_OPS][8];
+    struct kvmeta_op ops[WRITERS][WRITER_OPS];
+} group;
+
+/* Once armed, the next sync takes until all writers are in the queue. */
+static int sync_until_all_wait(void *user, int file)
+{
+    if (atomic_exchange(&group.armed, 0)) {
+        for (int ms = 0; ms < 20000
+             && atomic_load(&group.db->queue_count) < WRITERS; ms++)
+            unit_sleep_ms(1);
+    }
+    return unit_fault_sync(user, file);
+}
+
+static void *write_large(void *arg)
+{
+    struct kvmeta_op *ops = arg;
+    int rc;
+
+    while (atomic_load(&group.armed)) unit_sleep_ms(1);
+    rc = kvmeta_write(group.db, ops, WRITER_OPS, KVMETA_DURABLE, NULL);
+    return (void *)(intptr_t)rc;
+}
+
+/* Goal: batches that wait for one sync share the next, but not beyond what a
+ * frame may hold. Method: two of 2.4 MB wait for the sync of a small one. */
+static void a_group_ends_before_it_is_too_large(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    pthread_t threads[WRITERS];
+
+    assert_true(WRITERS * WRITER_OPS * 24 > KV_GROUP_BYTES_MAX);
+    faults->vfs.file_sync = sync_until_all_wait;
+    options.vfs = &faults->vfs;
+    group.db = unit_open(u, &options);
+    unit_fill(group.db, 0, 1, 0, 0);
+    atomic_store(&group.armed, 1);
+    for (uint64_t i = 0; i < WRITERS; i++) {
+        for (uint64_t k = 0; k < WRITER_OPS; k++) {
+            unit_key(8, 10 + i * WRITER_OPS + k, group.keys[i][k]);
+            group.ops[i][k] = (struct kvmeta_op){
+                KVMETA_OP_PUT, group.keys[i][k], group.keys[i][k]};
+        }
+        assert_int_equal(pthread_create(&threads[i], NULL, write_large,
+                                        group.ops[i]), 0);
+    }
+    unit_fill(group.db, 1, 2, 0, 0);
+    for (size_t i = 0; i < WRITERS; i++) {
+        void *rc;
+
+        pthread_join(threads[i], &rc);
+        assert_null(rc);
+    }
+    assert_int_equal(kvmeta_count(group.db), 2 + WRITERS * WRITER_OPS);
+    assert_int_equal(unit_stats(group.db).group_commits_max, 1);
+    assert_true(unit_stats(group.db).leader_handovers >= WRITERS);
+    unit_close(group.db);
+}
+
+/* --------------------------------------------------------------------------
+ * Memory
+ * -------------------------------------------------------------------------- */
+
+/* Goal: what no memory could hold is refused before it is multiplied. */
+static void sizes_beyond_all_memory_are_refused(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_error err = {0};
+    struct kv_table table = {.meta.bytes = UINT64_MAX};
+    kvmeta *db = unit_open(u, &options);
+    void *array = NULL;
+    size_t cap = 0;
+
+    unit_is(kv_grow(&db->env, &array, &cap, SIZE_MAX, 1, &err),
+            KVMETA_E_NOMEM);
+    unit_is(kv_grow(&db->env, &array, &cap, SIZE_MAX / 16, 64, &err),
+            KVMETA_E_NOMEM);
+    assert_null(array);
+    assert_int_equal(cap, 0);
+    unit_is(kv_pool_reserve_locked(&db->tree, &db->tree.leaves, UINT64_MAX,
+                                   false, &err), KVMETA_E_NOMEM);
+    unit_is(kv_table_read_index(&db->env, &table, &err), KVMETA_E_NOMEM);
+    unit_fill(db, 0, 10, 0, 0);
+    unit_close(db);
+}
+
+/* Goal: ascending keys leave full nodes behind, on each level. Method: the
+ * widest keys, whose nodes are small, in a tree of five levels; a node that
+ * is split at its end keeps all children but one. */
+static void ascending_keys_leave_full_nodes(struct unit *u)
+{
+    static unsigned char key[KVMETA_KEY_BYTES_MAX];
+    struct kvmeta_options options = unit_options(u, sizeof key, 0);
+    const struct kv_tree *t;
+    size_t leaves, inners;
+    kvmeta *db;
+
+    options.flags = KVMETA_NO_THREAD;
+    db = unit_open(u, &options);
+    t = &db->tree;
+    for (uint64_t i = 0; i < 40000; i++) {
+        unit_key(sizeof key, i, key);
+        unit_ok(kvmeta_put(db, key, NULL, KVMETA_BUFFERED));
+    }
+    unit_ok(kvmeta_sync(db));
+    assert_int_equal(kv_tree_current(t)->height, 5);
+    leaves = t->leaves.used_nodes;
+    inners = t->inners.used_nodes;
+    assert_true(leaves <= 40000 / (t->leaf.cap - 1) + 2);
+    assert_true(inners <= leaves / (t->inner.cap - 2) + 5);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+static struct unit_case cases[] = {
+    UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
+    UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
+    UNIT_CASE(what_another_thread_has_done_ends_a_wait),
+    UNIT_CASE(a_log_sync_without_a_log_does_nothing),
+    UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
+    UNIT_CASE(logs_that_wait_have_a_limit),
+    UNIT_CASE(a_group_ends_before_it_is_too_large),
+    UNIT_CASE(sizes_beyond_all_memory_are_refused),
+    UNIT_CASE(ascending_keys_leave_full_nodes),
+};
+
+UNIT_MAIN(cases)
