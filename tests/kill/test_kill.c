@@ -353,14 +353,16 @@ static void listen_until(struct kill_run *run, int pipe, uint64_t deadline,
     }
 }
 
-/* Listens until the moment to kill: soon, while it opens, or some time after
- * the first acknowledgement, which a slow disk may let wait. */
+/* Listens until the moment to kill: soon, while it opens, which may take less
+ * than a millisecond; or some time after the first acknowledgement, which a
+ * slow disk may let wait. */
 static void hear(struct kill_run *run, int pipe)
 {
     uint64_t more = test_rng_below(&run->rng, 35000);
 
     if (test_rng_below(&run->rng, 4) == 0) {
-        more = test_rng_below(&run->rng, 25000);
+        more = test_rng_below(&run->rng,
+                              25000u >> test_rng_below(&run->rng, 8));
     } else {
         listen_until(run, pipe, now_us() + FIRST_ACK_US, 1);
     }
