@@ -192,8 +192,8 @@ static void write_mark(struct unit *u, const struct kv_mark *mark)
 }
 
 /* Goal: where there is no manifest any mark that is valid shows that there
- * was one, whatever its uuid and in either slot; one that counts further than
- * any store can is not valid. */
+ * was one, whatever its uuid and in either slot; one that counts from zero, or
+ * further than any store can, is not valid. */
 static void a_mark_without_a_manifest_is_corrupt(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
@@ -206,11 +206,15 @@ static void a_mark_without_a_manifest_is_corrupt(struct unit *u)
         unit_open_fails(u, &options, KVMETA_E_CORRUPT);
         assert_non_null(strstr(u->err.message, "LOCK has marks"));
     }
-    mark.counter = KV_NUMBER_MAX;
-    write_mark(u, &mark);
-    db = unit_open(u, &options);
-    unit_fill(db, 0, 10, 0, 0);
-    unit_close(db);
+    for (int i = 0; i < 2; i++) {
+        mark.counter = i ? KV_NUMBER_MAX : 0;
+        write_mark(u, &mark);
+        db = unit_open(u, &options);
+        unit_fill(db, 0, 10, 0, 0);
+        unit_close(db);
+        unit_remove_tree(u->dir);
+        assert_int_equal(mkdir(u->dir, 0700), 0);
+    }
 }
 
 static struct unit_case cases[] = {

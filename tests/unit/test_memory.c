@@ -52,6 +52,40 @@ static void a_flush_without_memory_fails_alone(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: the same of a small table, which is put together in a buffer that
+ * grows with it, up to the footer. Method: so many bytes that no size of the
+ * buffer has room for the block, the index, and the footer, but one has for
+ * the first two. */
+static void a_flush_without_memory_for_the_footer_fails_alone(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 212);
+    struct test_rng rng = {test_args.seed};
+    unsigned char key[8], value[212];
+    kvmeta *db;
+    uint64_t at, i;
+    int rc, hit = 1;
+
+    options.flags = KVMETA_NO_THREAD;
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    for (at = 1; hit; at++) {
+        for (i = 0; i < 4; i++) {
+            unit_key(8, i, key);
+            test_rng_bytes(&rng, value, sizeof value);
+            unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+        }
+        refuse(u, at);
+        rc = kvmeta_flush(db);
+        hit = refused(u);
+        refuse(u, 0);
+        unit_is(rc, hit ? KVMETA_E_NOMEM : KVMETA_OK);
+        unit_ok(kvmeta_compact(db));
+        assert_int_equal(unit_stats(db).table_records, 4);
+    }
+    assert_true(at > 10);
+    unit_close(db);
+}
+
 /* Goal: so is a merge. */
 static void a_merge_without_memory_fails_alone(struct unit *u)
 {
@@ -191,6 +225,7 @@ static void an_open_without_memory_leaves_nothing(struct unit *u)
 
 static struct unit_case cases[] = {
     UNIT_CASE(a_flush_without_memory_fails_alone),
+    UNIT_CASE(a_flush_without_memory_for_the_footer_fails_alone),
     UNIT_CASE(a_merge_without_memory_fails_alone),
     UNIT_CASE(writes_beside_a_snapshot_without_memory_fail_alone),
     UNIT_CASE(an_open_without_memory_leaves_nothing),

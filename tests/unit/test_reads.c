@@ -321,6 +321,8 @@ static void keys_without_values_take_null(struct unit *u)
     assert_int_equal(kvmeta_count(db), 0);
     unit_ok(kvmeta_put(db, "abd", NULL, KVMETA_BUFFERED));
     unit_ok(kvmeta_get(db, "abd", NULL));
+    unit_ok(kvmeta_get_many(db, "abcabd", 2, NULL, found));
+    assert_memory_equal(found, "\0\1", 2);
     unit_close(db);
     db = unit_open(u, &options);
     unit_ok(kvmeta_get(db, "abd", NULL));
