@@ -97,6 +97,24 @@ static void what_another_thread_has_done_ends_a_wait(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: a compaction that was wanted is over once it is done, though a table
+ * has come to its own meanwhile. */
+static void a_compaction_is_over_though_a_table_was_added(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    for (uint64_t i = 0; i < 2; i++) {
+        unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+        unit_ok(kvmeta_flush(db));
+    }
+    db->full_wanted = true;
+    assert_false(kv_compacted(db, 0));
+    db->full_wanted = false;
+    assert_true(kv_compacted(db, 0));
+    unit_close(db);
+}
+
 /* Goal: a sync of the log is nothing where the log was sealed since it was
  * planned. */
 static void a_log_sync_without_a_log_does_nothing(struct unit *u)
@@ -284,6 +302,43 @@ static void sizes_beyond_all_memory_are_refused(struct unit *u)
     unit_close(db);
 }
 
+enum { MANY = 200000 };
+
+/* Goal: the nodes that a slow reader has held up are freed by the writes that
+ * follow, some by each, so that none of them takes long. Method: all of a
+ * large tree is replaced beside a reader. */
+static void what_a_reader_has_held_up_is_freed_in_parts(struct unit *u)
+{
+    static unsigned char keys[MANY][8];
+    static struct kvmeta_op ops[MANY];
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    struct kv_tree *t = &db->tree;
+    size_t dead, part = 3 * KV_RECLAIM_MAX * (size_t)t->inner.bytes;
+    unsigned slot, writes = 0;
+
+    unit_fill(db, 0, MANY, 0, KVMETA_BUFFERED);
+    for (uint64_t i = 0; i < MANY; i++) {
+        unit_key(8, i, keys[i]);
+        ops[i] = (struct kvmeta_op){KVMETA_OP_PUT, keys[i], keys[i]};
+    }
+    (void)kv_tree_pin(t, &slot);
+    unit_ok(kvmeta_write(db, ops, MANY, KVMETA_WRITTEN, NULL));
+    kv_tree_unpin(t, slot);
+    dead = t->dead_bytes;
+    assert_true(dead > 2 * KV_RECLAIM_MAX * (size_t)t->leaf.bytes);
+    while (dead > 0) {
+        unit_fill(db, writes, writes + 1, 0, KVMETA_WRITTEN);
+        assert_true(dead - t->dead_bytes <= part);
+        assert_true(t->dead_bytes < dead);
+        dead = t->dead_bytes;
+        writes++;
+    }
+    assert_true(writes > 1);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* Goal: ascending keys leave full nodes behind, on each level. Method: the
  * widest keys, whose nodes are small, in a tree of five levels; a node that
  * is split at its end keeps all children but one. */
@@ -316,11 +371,13 @@ static struct unit_case cases[] = {
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
+    UNIT_CASE(a_compaction_is_over_though_a_table_was_added),
     UNIT_CASE(a_log_sync_without_a_log_does_nothing),
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
     UNIT_CASE(sizes_beyond_all_memory_are_refused),
+    UNIT_CASE(what_a_reader_has_held_up_is_freed_in_parts),
     UNIT_CASE(ascending_keys_leave_full_nodes),
 };
 
