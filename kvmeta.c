@@ -8418,6 +8418,13 @@ static enum kv_step kv_plan_timed(struct kvmeta *db)
     return step;
 }
 
+/* Flushes go first, for writers may wait for them; but where writers never
+ * pause there is always one to do, and the tables must not pile up. */
+static bool kv_plan_crowded(const struct kvmeta *db)
+{
+    return db->tables_count >= 2 * (size_t)db->options.merge_window;
+}
+
 /* Job lock held. A sealed log is flushed once there is a live one: a store
  * that is only opened and closed stays as it is. */
 static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
@@ -8445,13 +8452,15 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     if (plan->step) return;
     if (heal) {
         plan->step = KV_STEP_HEAL;
-    } else if (flush && db->tables_count < KV_TABLES_MAX) {
+    } else if (flush && !kv_plan_crowded(db)) {
         plan->step = KV_STEP_FLUSH;
     } else if (!db->compaction_stopped
                && (full ? !kv_tables_compact(db) : kv_plan_full(db, live))) {
         plan->step = KV_STEP_FULL;
     } else if (!db->compaction_stopped && kv_plan_merge(db, plan)) {
         plan->step = KV_STEP_MERGE;
+    } else if (flush && db->tables_count < KV_TABLES_MAX) {
+        plan->step = KV_STEP_FLUSH;
     } else {
         plan->step = kv_plan_ahead(db);
     }

@@ -6,8 +6,6 @@
  */
 #include "unit.h"
 
-#include <sys/resource.h>
-
 static void step_until_idle(kvmeta *db)
 {
     int did = 1, steps = 0;
@@ -231,32 +229,53 @@ static void a_merge_may_leave_nothing_below_a_larger_table(struct unit *u)
     unit_close(db);
 }
 
-/* Goal: a host that only flushes never has more tables than a manifest holds:
- * where there is no room for another, compaction goes first. */
-static void flushes_alone_do_not_run_out_of_tables(struct unit *u)
+/* Goal: a host that only flushes, and never lets the background come to its
+ * end, does not pile up tables. */
+static void flushes_alone_do_not_pile_up_tables(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
-    struct rlimit files, more;
     struct kvmeta_stats s;
     kvmeta *db;
     uint64_t i;
 
-    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
-    more.rlim_cur = more.rlim_max = files.rlim_max;
-    assert_true(more.rlim_cur > 1100);   /* each table is open */
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &more), 0);
     options.vfs = unit_unsynced(u);
+    options.merge_window = 5;
     db = unit_open(u, &options);
-    for (i = 0; i < 1026; i++) {
+    for (i = 0; i < 300; i++) {
         unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
         unit_ok(kvmeta_flush(db));
         s = unit_stats(db);
-        assert_true(s.tables == (i < 1024 ? i + 1 : i - 1022));
+        assert_true(s.logs_waiting == 0);
+        assert_true(s.tables <= 2 * options.merge_window);
     }
-    assert_true(s.full_compactions == 1);
-    unit_holds(db, 0, 1026, 0);
+    assert_true(s.merges > 0);
+    unit_holds(db, 0, 300, 0);
     unit_close(db);
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
+}
+
+/* Goal: the tables do not grow without a bound where the background is never
+ * done, because there is always another log to flush. Method: a writer that
+ * waits for nothing but the flush of one log at a time. */
+static void space_is_bounded_under_steady_writes(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_stats s;
+    kvmeta *db;
+    uint64_t i;
+
+    options.vfs = unit_unsynced(u);
+    options.log_bytes_max = 65536;
+    options.merge_window = 5;
+    db = unit_open(u, &options);
+    for (i = 0; i < 100; i++) {
+        unit_fill(db, 0, 1000, i, KVMETA_WRITTEN);
+        s = unit_stats(db);
+        assert_true(s.tables <= 2 * options.merge_window);
+        assert_true(s.table_records <= (2 * options.merge_window + 1) * 1000);
+    }
+    assert_true(s.stalls > 0 && s.rotations > 100);
+    unit_holds(db, 0, 1000, 99);
+    unit_close(db);
 }
 
 /* Goal: the tables never stay above space_amp_max times the records. */
@@ -859,8 +878,9 @@ static struct unit_case cases[] = {
     UNIT_CASE(tables_of_like_size_are_merged),
     UNIT_CASE(a_merge_takes_the_tables_of_like_size_only),
     UNIT_CASE(a_merge_may_leave_nothing_below_a_larger_table),
-    UNIT_CASE(flushes_alone_do_not_run_out_of_tables),
+    UNIT_CASE(flushes_alone_do_not_pile_up_tables),
     UNIT_CASE(space_amp_max_is_kept),
+    UNIT_CASE(space_is_bounded_under_steady_writes),
     UNIT_CASE(step_does_the_work_of_the_thread),
     UNIT_CASE(wait_idle_waits_for_all_of_it),
     UNIT_CASE(wait_idle_does_not_fail_beside_a_writer),

@@ -12,6 +12,8 @@
 
 #include "../../kvmeta.c"
 
+#include <sys/resource.h>
+
 /* --------------------------------------------------------------------------
  * The background
  * -------------------------------------------------------------------------- */
@@ -205,6 +207,39 @@ static void logs_that_wait_have_a_limit(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: where compaction has stopped, flushes go on until a manifest can hold
+ * no more tables; then they fail, and the logs stay. */
+static void tables_have_a_limit(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct rlimit files, more;
+    kvmeta *db;
+    uint64_t i;
+
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
+    more.rlim_cur = more.rlim_max = files.rlim_max;
+    assert_true(more.rlim_cur > KV_TABLES_MAX + 64);   /* each is open */
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &more), 0);
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    db->compaction_stopped = true;
+    for (i = 0; i < KV_TABLES_MAX; i++) {
+        unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+    }
+    assert_int_equal(unit_stats(db).tables, KV_TABLES_MAX);
+    unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
+    unit_is(kvmeta_flush(db), KVMETA_E_FAILED);
+    assert_int_equal(unit_stats(db).logs_waiting, 1);
+    unit_fill(db, i + 1, i + 2, 0, KVMETA_WRITTEN);
+    db->compaction_stopped = false;
+    unit_ok(kvmeta_compact(db));
+    assert_int_equal(unit_stats(db).tables, 1);
+    unit_holds(db, 0, i + 2, 0);
+    unit_close(db);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
+}
+
 /* --------------------------------------------------------------------------
  * Groups
  * -------------------------------------------------------------------------- */
@@ -375,6 +410,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_log_sync_without_a_log_does_nothing),
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(logs_that_wait_have_a_limit),
+    UNIT_CASE(tables_have_a_limit),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
     UNIT_CASE(sizes_beyond_all_memory_are_refused),
     UNIT_CASE(what_a_reader_has_held_up_is_freed_in_parts),
