@@ -520,6 +520,7 @@ static void a_log_that_cannot_be_addressed_is_an_error(struct unit *u)
     struct unit_life life = {u, 0, 100, KVMETA_WRITTEN, 0};
     int small = sizeof(void *) == 4;
     off_t huge = ((off_t)(small ? 4 : 40) << 30) + 100;
+    rlim_t limit = unit_raise_limit(RLIMIT_FSIZE);
     char name[64];
     uint64_t bytes;
     kvmeta *db;
@@ -532,6 +533,7 @@ static void a_log_that_cannot_be_addressed_is_an_error(struct unit *u)
             small ? KVMETA_E_NOMEM : KVMETA_E_CORRUPT);
     assert_true(unit_size(u, name) == (uint64_t)huge);
     assert_int_equal(truncate(unit_path(u, name), (off_t)bytes), 0);
+    unit_restore_limit(RLIMIT_FSIZE, limit);
     db = unit_open(u, &options);
     assert_true(kvmeta_count(db) == 100);
     unit_holds(db, 0, 100, 0);

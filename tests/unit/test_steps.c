@@ -12,8 +12,6 @@
 
 #include "../../kvmeta.c"
 
-#include <sys/resource.h>
-
 /* --------------------------------------------------------------------------
  * The background
  * -------------------------------------------------------------------------- */
@@ -140,6 +138,113 @@ static void a_log_sync_without_a_log_does_nothing(struct unit *u)
     unit_close(db);
 }
 
+/* Calls that let writers rotate the log before they are done. */
+static struct {
+    struct unit_faults *faults;
+    kvmeta *db;                          /* NULL: let nobody write */
+    uint64_t count;
+} slow;
+
+static void write_meanwhile(void)
+{
+    kvmeta *db = slow.db;
+
+    slow.db = NULL;
+    if (!db) return;
+    unit_fill(db, slow.count, slow.count + 1000, 0, KVMETA_WRITTEN);
+    slow.count += 1000;
+}
+
+static int slow_sync(void *user, int file)
+{
+    write_meanwhile();
+    return unit_fault_sync(user, file);
+}
+
+static int slow_create(void *user, int dir, const char *name, int flags,
+                       int *file)
+{
+    if (flags & KVMETA_VFS_CREATE) write_meanwhile();
+    return unit_fault_open(user, dir, name, flags, file);
+}
+
+static kvmeta *open_slow(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+
+    slow.faults = unit_faults_init(u);
+    slow.faults->vfs.file_sync = slow_sync;
+    slow.faults->vfs.file_open = slow_create;
+    slow.db = NULL;
+    slow.count = 0;
+    options.vfs = &slow.faults->vfs;
+    options.log_bytes_max = 65536;
+    options.durability = KVMETA_WRITTEN;
+    return unit_open(u, &options);
+}
+
+static void check_slow(struct unit *u, kvmeta *db)
+{
+    assert_null(slow.db);
+    assert_true(unit_stats(db).rotations > 0);
+    unit_holds(db, 0, slow.count, 0);
+    unit_close(db);
+    db = open_slow(u);
+    assert_int_equal(kvmeta_count(db), 1000);
+    unit_close(db);
+}
+
+/* Goal: a log may be sealed while it is synced ahead: its file stays open for
+ * as long, and no longer. */
+static void a_log_may_be_sealed_while_it_is_synced(struct unit *u)
+{
+    struct kvmeta_error err = {0};
+    kvmeta *db = open_slow(u);
+
+    unit_fill(db, 0, 1, 0, KVMETA_WRITTEN);
+    slow.db = db;
+    unit_ok(kv_job_log_sync(db, &err));
+    assert_false(db->log_retired.open);
+    check_slow(u, db);
+}
+
+/* Goal: a log that is made ahead while writers begin one themselves is not
+ * used any more, because it is older by its id. */
+static void a_log_that_is_made_too_late_is_removed(struct unit *u)
+{
+    struct kvmeta_error err = {0};
+    kvmeta *db = open_slow(u);
+    size_t logs;
+
+    unit_fill(db, 0, 1, 0, KVMETA_WRITTEN);
+    slow.db = db;
+    unit_ok(kv_job_prepare(db, &err));
+    assert_false(db->prepared.file.open);
+    logs = db->manifest.logs_count;
+    assert_int_equal(unit_files(u, ".wal"), logs);
+    check_slow(u, db);
+}
+
+/* Goal: a step that is braked stops soon when it is told to. */
+static void a_braked_step_stops_when_it_is_told_to(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    uint64_t begin = unit_now_ms();
+    struct kv_job job;
+
+    kv_job_init(db, &job);
+    assert_int_equal(kv_job_sleep(&job, 3 * KV_PACE_SLICE_NS), KVMETA_OK);
+    assert_true(unit_now_ms() - begin >= 150);
+    db->stopping = true;
+    begin = unit_now_ms();
+    assert_int_equal(kv_job_sleep(&job, UINT64_C(3600) * 1000000000),
+                     KV_STOPPED);
+    assert_true(unit_now_ms() - begin < 60000);
+    assert_int_equal(kv_job_pace(&job, 1), KV_STOPPED);
+    unit_close(db);
+}
+
 /* Goal: a heal does nothing where writing has stopped since it was planned. */
 static void a_heal_of_a_store_that_has_failed_does_nothing(struct unit *u)
 {
@@ -212,14 +317,10 @@ static void logs_that_wait_have_a_limit(struct unit *u)
 static void tables_have_a_limit(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
-    struct rlimit files, more;
+    rlim_t files = unit_raise_limit(RLIMIT_NOFILE);    /* each is open */
     kvmeta *db;
     uint64_t i;
 
-    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
-    more.rlim_cur = more.rlim_max = files.rlim_max;
-    assert_true(more.rlim_cur > KV_TABLES_MAX + 64);   /* each is open */
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &more), 0);
     options.vfs = unit_unsynced(u);
     db = unit_open(u, &options);
     db->compaction_stopped = true;
@@ -237,7 +338,7 @@ static void tables_have_a_limit(struct unit *u)
     assert_int_equal(unit_stats(db).tables, 1);
     unit_holds(db, 0, i + 2, 0);
     unit_close(db);
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
+    unit_restore_limit(RLIMIT_NOFILE, files);
 }
 
 /* --------------------------------------------------------------------------
@@ -408,6 +509,9 @@ static struct unit_case cases[] = {
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
     UNIT_CASE(a_compaction_is_over_though_a_table_was_added),
     UNIT_CASE(a_log_sync_without_a_log_does_nothing),
+    UNIT_CASE(a_log_may_be_sealed_while_it_is_synced),
+    UNIT_CASE(a_log_that_is_made_too_late_is_removed),
+    UNIT_CASE(a_braked_step_stops_when_it_is_told_to),
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(tables_have_a_limit),

@@ -37,6 +37,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -461,6 +462,28 @@ UNIT_INLINE void unit_sleep_ms(unsigned ms)
     struct timespec time = {ms / 1000, (long)(ms % 1000) * 1000000};
 
     nanosleep(&time, NULL);
+}
+
+/* Raises a limit of this process as far as it may be; returns what it was. */
+UNIT_INLINE rlim_t unit_raise_limit(int which)
+{
+    struct rlimit limit;
+    rlim_t was;
+
+    assert_int_equal(getrlimit(which, &limit), 0);
+    was = limit.rlim_cur;
+    limit.rlim_cur = limit.rlim_max;
+    assert_int_equal(setrlimit(which, &limit), 0);
+    return was;
+}
+
+UNIT_INLINE void unit_restore_limit(int which, rlim_t was)
+{
+    struct rlimit limit;
+
+    assert_int_equal(getrlimit(which, &limit), 0);
+    limit.rlim_cur = was;
+    assert_int_equal(setrlimit(which, &limit), 0);
 }
 
 /* --------------------------------------------------------------------------
