@@ -510,6 +510,28 @@ static void the_clock_is_the_monotonic_one(struct unit *u)
     }
 }
 
+/* Goal: a process without standard input, whose directory or file gets the
+ * descriptor 0, is like any other, and has it back after the close. */
+static void descriptor_0_is_one_like_any_other(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    int away = dup(STDIN_FILENO);
+    kvmeta *db;
+
+    assert_true(away > 0);
+    for (int i = 0; i < 2; i++) {
+        close(STDIN_FILENO);
+        db = unit_open(u, &options);
+        assert_int_not_equal(fcntl(STDIN_FILENO, F_GETFD), -1);
+        unit_fill(db, 0, 100, 0, 0);
+        unit_ok(kvmeta_flush(db));
+        unit_close(db);
+        assert_int_equal(fcntl(STDIN_FILENO, F_GETFD), -1);
+        assert_int_equal(dup2(away, STDIN_FILENO), STDIN_FILENO);
+    }
+    close(away);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_full_disk_fails_the_write_and_loses_nothing),
     UNIT_CASE(a_full_disk_fails_the_flush_and_the_compaction),
@@ -521,6 +543,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_limit_on_file_size_fails_the_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_durable_write),
     UNIT_CASE(a_limit_on_file_size_fails_the_flush),
+    UNIT_CASE(descriptor_0_is_one_like_any_other),
     UNIT_CASE(the_clock_is_the_monotonic_one),
 };
 
