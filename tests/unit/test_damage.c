@@ -367,6 +367,29 @@ static void a_newer_format_is_refused_as_such(struct unit *u)
     free(data);
 }
 
+/* Goal: where several threads load and each meets damage one is named. */
+static void the_damage_of_one_thread_is_named(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    char name[64];
+    kvmeta *db = unit_open(u, &options);
+    uint64_t i;
+
+    for (i = 0; i < 2; i++) {
+        unit_fill(db, 0, 100, i, KVMETA_WRITTEN);
+        unit_ok(kvmeta_flush(db));
+    }
+    unit_close(db);
+    assert_int_equal(unit_files(u, ".tab"), 2);
+    for (i = 0; i < 2; i++) {
+        assert_true(unit_find(u, ".tab", i, name));
+        unit_flip(u, name, 8);
+    }
+    options.open_threads = 2;
+    unit_open_fails(u, &options, KVMETA_E_CORRUPT);
+    assert_non_null(strstr(u->err.message, ".tab"));
+}
+
 /* --------------------------------------------------------------------------
  * What is no regular file
  * -------------------------------------------------------------------------- */
@@ -459,6 +482,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(one_damaged_manifest_copy_heals_and_two_are_corrupt),
     UNIT_CASE(damaged_marks_after_a_close_lose_nothing),
     UNIT_CASE(a_newer_format_is_refused_as_such),
+    UNIT_CASE(the_damage_of_one_thread_is_named),
     UNIT_CASE(links_pipes_and_directories_are_no_files),
     UNIT_CASE(a_store_is_not_created_over_links_and_pipes),
 };

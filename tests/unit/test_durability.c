@@ -313,6 +313,29 @@ static void a_conflict_is_one_though_the_sync_fails(struct unit *u)
     kvmeta_close(db);
 }
 
+/* Goal: so is one at the interval, and the step that met it says so. */
+static void a_failed_sync_at_the_interval_is_final(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    int did, rc = KVMETA_OK;
+    kvmeta *db;
+
+    options.vfs = &faults->vfs;
+    options.sync_interval_ms = 1;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, KVMETA_WRITTEN);
+    unit_sleep_ms(2);
+    atomic_store(&faults->sync_errno, EIO);
+    rc = kvmeta_step(db, &did);
+    atomic_store(&faults->sync_errno, 0);
+    unit_is(rc, KVMETA_E_IO);
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_IO);
+    want_refused(db);
+    unit_holds(db, 0, 10, 0);
+    unit_is(kvmeta_close(db), KVMETA_E_FAILED);
+}
+
 /* Goal: no space is not final: the write fails, nothing changed, and the
  * next one works. */
 static void no_space_is_not_final(struct unit *u)
@@ -455,6 +478,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_failed_sync_call_is_final),
     UNIT_CASE(a_failed_write_of_the_buffer_is_final),
     UNIT_CASE(a_conflict_is_one_though_the_sync_fails),
+    UNIT_CASE(a_failed_sync_at_the_interval_is_final),
     UNIT_CASE(no_space_is_not_final),
     UNIT_CASE(no_descriptor_is_not_final),
     UNIT_CASE(a_failed_close_is_as_a_kill),

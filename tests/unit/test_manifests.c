@@ -179,6 +179,20 @@ static void a_manifest_that_is_too_long_is_corrupt(struct unit *u)
                 < 2 * KV_MANIFEST_BYTES_MAX);
 }
 
+/* Goal: what stands behind the two copies of a manifest says nothing. */
+static void bytes_behind_a_manifest_are_not_read(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db;
+
+    make_store(u);
+    assert_int_equal(truncate(unit_path(u, "MANIFEST"), 5 * IMAGE_BYTES), 0);
+    db = unit_open(u, &options);
+    unit_holds(db, 0, 500, 0);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* LOCK with this mark, of a store whose uuid is all zeros, in slot 0 or 1. */
 static void write_mark(struct unit *u, const struct kv_mark *mark)
 {
@@ -220,6 +234,7 @@ static void a_mark_without_a_manifest_is_corrupt(struct unit *u)
 static struct unit_case cases[] = {
     UNIT_CASE(a_manifest_that_says_what_is_not_so_is_corrupt),
     UNIT_CASE(a_manifest_that_is_too_long_is_corrupt),
+    UNIT_CASE(bytes_behind_a_manifest_are_not_read),
     UNIT_CASE(a_mark_without_a_manifest_is_corrupt),
 };
 

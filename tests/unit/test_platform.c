@@ -393,20 +393,30 @@ static void a_lock_or_thread_that_is_refused_fails_the_open(struct unit *u)
     unit_close(db);
 }
 
-/* Goal: where the system has no pages that a fork empties, a store works. */
+static uint64_t os_process_id(void *user)
+{
+    (void)user;
+    return 42;
+}
+
+/* Goal: where the system has no pages that a fork empties, or the host has
+ * its own idea of a process, a store works. */
 static void a_store_works_without_the_page_that_tells_of_a_fork(struct unit *u)
 {
-    static const enum os_call calls[] = {OS_MMAP, OS_MADVISE};
+    static const enum os_call calls[] = {OS_MMAP, OS_MADVISE, OS_NONE};
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
     struct kvmeta_options options;
     unsigned char key[8] = {1};
 
+    vfs.process_id = os_process_id;
     kvmeta_options_init(&options, 8, 8);
-    for (unsigned i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < 3; i++) {
         kvmeta *db;
 
+        if (calls[i] == OS_NONE) options.vfs = &vfs;
         os_fail(calls[i], 1, EINVAL);
         db = unit_open(u, &options);
-        assert_int_equal(atomic_load(&os_fault.seen), 1);
+        if (calls[i]) assert_int_equal(atomic_load(&os_fault.seen), 1);
         os_fail(OS_NONE, 0, 0);
         assert_null(db->alive);
         unit_ok(kvmeta_put(db, key, key, 0));

@@ -41,6 +41,10 @@ static void the_worker_sleeps_until_the_first_thing_is_due(struct unit *u)
     assert_true(kv_worker_due_locked(db) == at + 250 * ms);
     db->options.sync_interval_ms = 0;
     assert_true(kv_worker_due_locked(db) == at + 260 * ms);
+    db->retry_ns = 1;                    /* it is time already */
+    pthread_mutex_lock(&db->state_lock);
+    kv_worker_sleep_locked(db);
+    pthread_mutex_unlock(&db->state_lock);
     db->failed = KVMETA_E_IO;
     assert_true(kv_worker_due_locked(db) == 0);
     db->failed = KVMETA_OK;
@@ -97,16 +101,22 @@ static void what_another_thread_has_done_ends_a_wait(struct unit *u)
     unit_close(db);
 }
 
-/* Goal: a compaction that was wanted is over once it is done, though a table
- * has come to its own meanwhile. */
-static void a_compaction_is_over_though_a_table_was_added(struct unit *u)
+/* Goal: what was wanted is over once it is done, though writers have left
+ * more of the same meanwhile: a log, or a table. */
+static void a_wait_is_over_though_there_is_more_to_do(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
     kvmeta *db = unit_open(u, &options);
 
     for (uint64_t i = 0; i < 2; i++) {
+        uint64_t id;
+
         unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+        id = db->manifest.logs[0].id;
+        assert_false(kv_flushed(db, id));
+        assert_true(kv_flushed(db, id - 1));
         unit_ok(kvmeta_flush(db));
+        assert_true(kv_flushed(db, id));
     }
     db->full_wanted = true;
     assert_false(kv_compacted(db, 0));
@@ -345,23 +355,28 @@ static void tables_have_a_limit(struct unit *u)
  * Groups
  * -------------------------------------------------------------------------- */
 
-enum { WRITERS = 2, WRITER_OPS = 100000 };
+enum { WRITERS = 2, WRITER_OPS = 100000, SHARERS = 4 };
 
 static struct group {
     kvmeta *db;
-    atomic_int armed;
+    atomic_size_t armed;
     unsigned char keys[WRITERS][WRITER_OPS][8];
     struct kvmeta_op ops[WRITERS][WRITER_OPS];
 } group;
 
-/* Once armed, the next sync takes until all writers are in the queue. */
+static void wait_for_queue(size_t count)
+{
+    for (int ms = 0; ms < 20000
+         && atomic_load(&group.db->queue_count) < count; ms++)
+        unit_sleep_ms(1);
+}
+
+/* Once armed, the next sync takes until so many are in the queue. */
 static int sync_until_all_wait(void *user, int file)
 {
-    if (atomic_exchange(&group.armed, 0)) {
-        for (int ms = 0; ms < 20000
-             && atomic_load(&group.db->queue_count) < WRITERS; ms++)
-            unit_sleep_ms(1);
-    }
+    size_t count = atomic_exchange(&group.armed, 0);
+
+    if (count) wait_for_queue(count);
     return unit_fault_sync(user, file);
 }
 
@@ -388,7 +403,7 @@ static void a_group_ends_before_it_is_too_large(struct unit *u)
     options.vfs = &faults->vfs;
     group.db = unit_open(u, &options);
     unit_fill(group.db, 0, 1, 0, 0);
-    atomic_store(&group.armed, 1);
+    atomic_store(&group.armed, WRITERS);
     for (uint64_t i = 0; i < WRITERS; i++) {
         for (uint64_t k = 0; k < WRITER_OPS; k++) {
             unit_key(8, 10 + i * WRITER_OPS + k, group.keys[i][k]);
@@ -408,6 +423,63 @@ static void a_group_ends_before_it_is_too_large(struct unit *u)
     assert_int_equal(kvmeta_count(group.db), 2 + WRITERS * WRITER_OPS);
     assert_int_equal(unit_stats(group.db).group_commits_max, 1);
     assert_true(unit_stats(group.db).leader_handovers >= WRITERS);
+    unit_close(group.db);
+}
+
+static void *write_small(void *arg)
+{
+    while (atomic_load(&group.armed)) unit_sleep_ms(1);
+    return (void *)(intptr_t)kvmeta_put(group.db, arg, arg, KVMETA_DURABLE);
+}
+
+static void *flush_behind_them(void *arg)
+{
+    (void)arg;
+    wait_for_queue(SHARERS);
+    return (void *)(intptr_t)kvmeta_flush(group.db);
+}
+
+/* Goal: batches that wait for one sync share the next, but none that comes
+ * after one who wants the log for itself; whoever writes after them waits for
+ * the others only a moment. Twice, for groups take turns in where they wait. */
+static void batches_that_wait_share_a_sync(struct unit *u)
+{
+    static unsigned char keys[SHARERS][8];
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    pthread_t threads[SHARERS + 1];
+
+    faults->vfs.file_sync = sync_until_all_wait;
+    options.vfs = &faults->vfs;
+    group.db = unit_open(u, &options);
+    for (uint64_t round = 1; round <= 2; round++) {
+        struct kvmeta_stats before, after;
+
+        unit_fill(group.db, 0, 1, round, 0);
+        before = unit_stats(group.db);
+        atomic_store(&group.armed, SHARERS + 1);
+        for (uint64_t i = 0; i < SHARERS; i++) {
+            unit_key(8, 100 * round + i, keys[i]);
+            assert_int_equal(pthread_create(&threads[i], NULL, write_small,
+                                            keys[i]), 0);
+        }
+        assert_int_equal(pthread_create(&threads[SHARERS], NULL,
+                                        flush_behind_them, NULL), 0);
+        unit_fill(group.db, 1, 2, round, 0);
+        for (size_t i = 0; i <= SHARERS; i++) {
+            void *rc;
+
+            pthread_join(threads[i], &rc);
+            assert_null(rc);
+        }
+        after = unit_stats(group.db);
+        assert_true(after.groups == before.groups + 2);
+        assert_true(after.syncs == before.syncs + 2);
+        assert_int_equal(after.group_commits_max, SHARERS);
+        assert_int_equal(after.flushes, round);
+        unit_fill(group.db, 2, 4, round, 0);
+    }
+    assert_int_equal(kvmeta_count(group.db), 4 + 2 * SHARERS);
     unit_close(group.db);
 }
 
@@ -440,29 +512,44 @@ static void sizes_beyond_all_memory_are_refused(struct unit *u)
 
 enum { MANY = 200000 };
 
-/* Goal: the nodes that a slow reader has held up are freed by the writes that
- * follow, some by each, so that none of them takes long. Method: all of a
- * large tree is replaced beside a reader. */
-static void what_a_reader_has_held_up_is_freed_in_parts(struct unit *u)
+/* A store without a thread, of MANY records. */
+static kvmeta *open_many(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    unit_fill(db, 0, MANY, 0, KVMETA_BUFFERED);
+    return db;
+}
+
+/* Replaces all nodes beside somebody who still sees them. */
+static void replace_many(kvmeta *db)
 {
     static unsigned char keys[MANY][8];
     static struct kvmeta_op ops[MANY];
-    struct kvmeta_options options = unit_quiet(u);
-    kvmeta *db = unit_open(u, &options);
-    struct kv_tree *t = &db->tree;
-    size_t dead, part = 3 * KV_RECLAIM_MAX * (size_t)t->inner.bytes;
-    unsigned slot, writes = 0;
 
-    unit_fill(db, 0, MANY, 0, KVMETA_BUFFERED);
     for (uint64_t i = 0; i < MANY; i++) {
         unit_key(8, i, keys[i]);
         ops[i] = (struct kvmeta_op){KVMETA_OP_PUT, keys[i], keys[i]};
     }
-    (void)kv_tree_pin(t, &slot);
     unit_ok(kvmeta_write(db, ops, MANY, KVMETA_WRITTEN, NULL));
+    assert_true(db->tree.dead_bytes
+                > 2 * KV_RECLAIM_MAX * (size_t)db->tree.leaf.bytes);
+}
+
+/* Goal: the nodes that a slow reader has held up are freed by the writes that
+ * follow, some by each, so that none of them takes long. */
+static void what_a_reader_has_held_up_is_freed_in_parts(struct unit *u)
+{
+    kvmeta *db = open_many(u);
+    struct kv_tree *t = &db->tree;
+    size_t dead, part = 3 * KV_RECLAIM_MAX * (size_t)t->inner.bytes;
+    unsigned slot, writes = 0;
+
+    (void)kv_tree_pin(t, &slot);
+    replace_many(db);
     kv_tree_unpin(t, slot);
     dead = t->dead_bytes;
-    assert_true(dead > 2 * KV_RECLAIM_MAX * (size_t)t->leaf.bytes);
     while (dead > 0) {
         unit_fill(db, writes, writes + 1, 0, KVMETA_WRITTEN);
         assert_true(dead - t->dead_bytes <= part);
@@ -472,6 +559,24 @@ static void what_a_reader_has_held_up_is_freed_in_parts(struct unit *u)
     }
     assert_true(writes > 1);
     unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
+/* Goal: what a snapshot has held goes with it; what a reader has held up, with
+ * the store at the latest. */
+static void what_was_held_goes_with_the_snapshot_or_the_store(struct unit *u)
+{
+    kvmeta *db = open_many(u);
+    kvmeta_snapshot *snapshot = NULL;
+    unsigned slot;
+
+    unit_ok(kvmeta_snapshot_take(db, &snapshot));
+    replace_many(db);
+    kvmeta_snapshot_release(snapshot);
+    assert_int_equal(db->tree.dead_bytes, 0);
+    (void)kv_tree_pin(&db->tree, &slot);
+    replace_many(db);
+    kv_tree_unpin(&db->tree, slot);
     unit_close(db);
 }
 
@@ -507,7 +612,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
-    UNIT_CASE(a_compaction_is_over_though_a_table_was_added),
+    UNIT_CASE(a_wait_is_over_though_there_is_more_to_do),
     UNIT_CASE(a_log_sync_without_a_log_does_nothing),
     UNIT_CASE(a_log_may_be_sealed_while_it_is_synced),
     UNIT_CASE(a_log_that_is_made_too_late_is_removed),
@@ -516,8 +621,10 @@ static struct unit_case cases[] = {
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(tables_have_a_limit),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
+    UNIT_CASE(batches_that_wait_share_a_sync),
     UNIT_CASE(sizes_beyond_all_memory_are_refused),
     UNIT_CASE(what_a_reader_has_held_up_is_freed_in_parts),
+    UNIT_CASE(what_was_held_goes_with_the_snapshot_or_the_store),
     UNIT_CASE(ascending_keys_leave_full_nodes),
 };
 
