@@ -65,6 +65,14 @@ static void index_behind_the_footer(struct image *image)
     kv_store_le64(image->footer + 48, image->bytes - 1);
 }
 
+static void no_blocks_at_all(struct image *image)
+{
+    image->index_off = image->bytes - KV_TABLE_FOOTER_BYTES;
+    image->blocks = 0;
+    kv_store_le64(image->footer + 48, image->index_off);
+    kv_store_le64(image->footer + 32, 0);
+}
+
 static void less_than_a_table(struct image *image)
 {
     image->bytes = KV_TABLE_HEADER_BYTES + KV_TABLE_FOOTER_BYTES - 1;
@@ -108,6 +116,7 @@ static const struct lie {
 } lies[] = {
     {index_before_the_blocks, "index is out of the file"},
     {index_behind_the_footer, "index is out of the file"},
+    {no_blocks_at_all, "blocks do not end at the index"},
     {less_than_a_table, "too short for a table"},
     {block_of_three_bytes, "block is no zstd frame"},
     {blocks_overlap, "last key is not below the next block"},
