@@ -164,7 +164,7 @@ static void a_large_table_is_synced_in_parts(struct unit *u)
             unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
         }
         atomic_store(&faults->create_errno, EMFILE);
-        unit_is(kvmeta_flush(db), KVMETA_E_IO);
+        unit_is(kvmeta_flush(db), KVMETA_E_LIMIT);
         atomic_store(&faults->create_errno, 0);
         atomic_store(&faults->sync_errno, EIO);
         unit_is(kvmeta_flush(db), KVMETA_E_IO);
@@ -643,8 +643,8 @@ static void a_heal_that_fails_is_tried_again(struct unit *u)
     unit_flip(u, name, unit_size(u, name) / 2);
     unit_is(kvmeta_verify(db, NULL), KVMETA_E_CORRUPT);
     atomic_store(&faults->create_errno, EMFILE);
-    unit_is(kvmeta_wait_idle(db), KVMETA_E_IO);
-    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_IO);
+    unit_is(kvmeta_wait_idle(db), KVMETA_E_LIMIT);
+    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_LIMIT);
     atomic_store(&faults->create_errno, 0);
     unit_is(kvmeta_verify(db, NULL), KVMETA_E_CORRUPT);
     unit_ok(kvmeta_wait_idle(db));

@@ -185,7 +185,7 @@ static void bytes_behind_a_manifest_are_not_read(struct unit *u)
     struct kvmeta_options options = unit_quiet(u);
     kvmeta *db;
 
-    make_store(u);
+    unit_make_store(u, TABLES, 200, 500);
     assert_int_equal(truncate(unit_path(u, "MANIFEST"), 5 * IMAGE_BYTES), 0);
     db = unit_open(u, &options);
     unit_holds(db, 0, 500, 0);

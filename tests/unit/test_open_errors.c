@@ -163,7 +163,7 @@ static int lock_after_another(void *user, int file)
     (void)user;
     if (u) {
         faster = NULL;
-        make_store(u);
+        unit_make_store(u, 1, 300, 400);
     }
     return kvmeta_vfs_posix()->file_lock(NULL, file);
 }
@@ -206,7 +206,7 @@ static void each_read_of_an_open_counts(struct unit *u)
     kvmeta *db = NULL;
     int at;
 
-    make_store(u);
+    unit_make_store(u, 1, 300, 400);
     unit_write_path(unit_path(u, "w00000000000000ff.wal"), junk, sizeof junk);
     unit_write_path(unit_path(u, "t00000000000000fe.tab"), junk, sizeof junk);
     vfs.file_read = read_or_fail;

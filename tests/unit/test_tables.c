@@ -268,7 +268,7 @@ static void an_index_larger_than_the_buffer_is_written(struct unit *u)
         unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
     }
     atomic_store(&faults->create_errno, EMFILE);
-    unit_is(kvmeta_flush(db), KVMETA_E_IO);
+    unit_is(kvmeta_flush(db), KVMETA_E_LIMIT);
     atomic_store(&faults->create_errno, 0);
     for (int at = 1; at <= 2; at++) {
         fail_write_at = at;
