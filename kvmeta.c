@@ -2582,16 +2582,14 @@ static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
     kv_leaf_insert(t, leaf, i, p, value);
 }
 
-/* Puts into the leaf to which kv_edit_descend leads. True: a record was
- * replaced. value must not be NULL. */
-static bool kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
-                           struct kv_probe p, const void *key,
+/* Puts at the i-th place of the leaf, where the key belongs; match: there is
+ * a record with this key, which is replaced. value must not be NULL. */
+static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
+                           bool match, struct kv_probe p, const void *key,
                            const void *value)
 {
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
-    bool match;
-    size_t i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
 
     kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key, value));
     if (match) {
@@ -2599,14 +2597,27 @@ static bool kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
 
         kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, old));
         kv_copy(old, value, t->env->shape.value_bytes);
-        return true;
+        return;
     }
     v->count++;
     if (KV_LIKELY(leaf->count < t->leaf.cap))
         kv_leaf_insert(t, leaf, i, p, value);
     else
         kv_edit_insert_full(e, p, value);
-    return false;
+}
+
+/* Puts a record; leaf: where the key belongs, if that is known, or NULL.
+ * True: one was replaced. */
+static bool kv_edit_put(struct kv_edit *e, struct kv_node *leaf,
+                        struct kv_probe p, const void *key, const void *value)
+{
+    bool match;
+    size_t i;
+
+    if (!leaf) leaf = kv_edit_descend(e, p);
+    i = kv_node_rank(e->tree, leaf, leaf->count, p, false, &match);
+    kv_edit_put_at(e, leaf, i, match, p, key, value);
+    return match;
 }
 
 /* Joins child i of a node with its right sibling, when both together leave
@@ -2724,16 +2735,40 @@ static bool kv_leaf_accepts(const struct kv_edit *e,
         && head < heads[leaf->count - 1];
 }
 
+/* The same, and is its place still the one that it was? Reads one line, and
+ * does not know keys that share a head. *match: the key is there. */
+static bool kv_leaf_unmoved(const struct kv_edit *e,
+                            const struct kv_node *leaf, size_t place,
+                            struct kv_probe p, bool *match)
+{
+    const struct kv_tree *t = e->tree;
+    const int64_t *heads = kv_heads(leaf);
+
+    assert(leaf->gen == e->version->gen);
+    if (leaf->count >= t->leaf.cap || place == 0 || place >= leaf->count
+        || heads[place - 1] >= p.head || p.head > heads[place])
+        return false;
+    *match = p.head == heads[place];
+    return !*match
+        || kv_same(kv_row(t, leaf, place), p.tail, t->env->shape.tail_bytes);
+}
+
 /* Fetches what a put at `place` of a leaf touches: all of a leaf that will be
- * copied; else what is behind the place, which moves. */
+ * copied; else the record that it replaces, or what is behind the place, which
+ * moves. */
 static void kv_leaf_prefetch(const struct kv_edit *e,
-                             const struct kv_node *leaf, size_t place)
+                             const struct kv_node *leaf, size_t place,
+                             int64_t head)
 {
     const struct kv_layout *l = &e->tree->leaf;
-    size_t from = leaf->gen == e->version->gen ? place : 0;
-    size_t end = l->row_off + (size_t)leaf->count * l->row_bytes;
+    bool copied = leaf->gen != e->version->gen;
+    size_t from = copied ? 0 : place;
+    size_t n = !copied && kv_heads(leaf)[place] == head ? place + 1
+                                                        : leaf->count;
+    size_t end = l->row_off + n * l->row_bytes;
 
     if (end > KV_INNER_BYTES) end = KV_INNER_BYTES;
+    for (size_t i = from; i < n + 8; i += 8) KV_PREFETCH(kv_heads(leaf) + i);
     for (size_t off = l->row_off + from * l->row_bytes;
          off < end + KV_CACHE_LINE; off += KV_CACHE_LINE)
         KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
@@ -2764,8 +2799,7 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
 
         if (probes[i].head <= kv_heads(leaf)[leaf->count - 1]) break;
         if (leaf->gen != v->gen || kv_node_full(t, leaf)) {
-            (void)kv_edit_put_at(e, kv_edit_descend(e, probes[i]), probes[i],
-                                 key, value);
+            (void)kv_edit_put(e, NULL, probes[i], key, value);
             leaf = kv_tree_last_leaf(t, v);
             continue;
         }
@@ -2781,16 +2815,31 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
  * the paths, then what each will need of its leaf. A leaf that will be copied
  * is not handed out: once it has been, others may free it. */
 static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
-                         size_t n, const struct kv_node **leaves)
+                         size_t n, const struct kv_node **leaves,
+                         size_t *places)
 {
-    size_t places[KV_BATCH];
-
     kv_tree_descend_many(e->tree, e->version, probes, n, leaves, places);
     for (size_t i = 0; i < n; i++) KV_PREFETCH(leaves[i]);
     for (size_t i = 0; i < n; i++) {
-        kv_leaf_prefetch(e, leaves[i], places[i]);
+        kv_leaf_prefetch(e, leaves[i], places[i], probes[i].head);
         if (leaves[i]->gen != e->version->gen) leaves[i] = NULL;
     }
+}
+
+/* Puts into a leaf where the key belonged at `place` a few puts ago; leaf NULL:
+ * not known. True: a record was replaced. */
+static bool kv_edit_put_near(struct kv_edit *e, struct kv_node *leaf,
+                             size_t place, struct kv_probe p,
+                             const struct kv_change *change)
+{
+    bool match;
+
+    if (!leaf || !kv_leaf_unmoved(e, leaf, place, p, &match)) {
+        if (leaf && !kv_leaf_accepts(e, leaf, p.head)) leaf = NULL;
+        return kv_edit_put(e, leaf, p, change->key, change->value);
+    }
+    kv_edit_put_at(e, leaf, place, match, p, change->key, change->value);
+    return match;
 }
 
 /* Applies up to KV_BATCH changes in their order. found[i]: there was such a
@@ -2801,6 +2850,7 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
     struct kv_tree *t = e->tree;
     const struct kv_node *leaves[KV_BATCH] = {NULL};
     struct kv_probe probes[KV_BATCH] = {{0}};
+    size_t places[KV_BATCH];
     size_t i = 0;
 
     assert(n <= KV_BATCH);
@@ -2810,7 +2860,7 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
         i = kv_edit_append(e, changes, probes, n);
         memset(found, 0, i * sizeof *found);
         if (n - i >= KV_WARM_MIN)
-            kv_edit_warm(e, probes + i, n - i, leaves + i);
+            kv_edit_warm(e, probes + i, n - i, leaves + i, places + i);
     }
     for (; i < n; i++) {
         struct kv_node *leaf = (struct kv_node *)(uintptr_t)leaves[i];
@@ -2820,10 +2870,8 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
             memset(leaves, 0, sizeof leaves);   /* some may be freed now */
             continue;
         }
-        if (!leaf || !kv_leaf_accepts(e, leaf, probes[i].head))
-            leaf = kv_edit_descend(e, probes[i]);
-        found[i] = kv_edit_put_at(e, leaf, probes[i], changes[i].key,
-                                  changes[i].value);
+        found[i] = kv_edit_put_near(e, leaf, leaf ? places[i] : 0, probes[i],
+                                    &changes[i]);
     }
 }
 
