@@ -5890,8 +5890,6 @@ static void kv_table_writer_free(struct kv_table_writer *w)
     kv_free(env, w->index);
     w->out = NULL;
     w->index = NULL;
-    w->out_cap = 0;
-    w->index_cap = 0;
 }
 
 /* Closes and unlinks. Accepts a finished writer, which has nothing left to

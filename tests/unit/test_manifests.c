@@ -218,7 +218,8 @@ static void a_mark_without_a_manifest_is_corrupt(struct unit *u)
     for (; mark.counter <= 2; mark.counter++) {
         write_mark(u, &mark);
         unit_open_fails(u, &options, KVMETA_E_CORRUPT);
-        assert_non_null(strstr(u->err.message, "LOCK has marks"));
+        assert_non_null(strstr(u->err.message, "MANIFEST: at 0: missing, but "
+                               "LOCK has marks"));
     }
     for (int i = 0; i < 2; i++) {
         mark.counter = i ? KV_NUMBER_MAX : 0;
