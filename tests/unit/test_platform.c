@@ -927,6 +927,7 @@ static void a_large_tree_gets_its_next_slab_ahead(struct unit *u)
     kv_pool_prepare(&t.leaves);
     ahead = t.leaves.ahead;
     assert_non_null(ahead);
+    memset(ahead, 1, KV_SLAB_BYTES);     /* it is there */
     kv_pool_prepare(&t.leaves);
     assert_ptr_equal(t.leaves.ahead, ahead);
     kv_tree_usage(&t, &after);

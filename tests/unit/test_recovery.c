@@ -275,6 +275,34 @@ static void loads_by_several_threads_agree(struct unit *u)
     check_load(u, &options, digest, count);
 }
 
+/* Goal: a range of keys gets what is in the middle of a table's first block,
+ * too. Method: the ranges are those of a large table; a younger one has two
+ * blocks, of which the first holds most of all keys. */
+static void a_range_may_begin_within_a_first_block(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_digest digest;
+    kvmeta *db;
+    uint64_t i;
+
+    options.space_amp_max = 100;
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 200000, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    for (i = 0; i < 10000; i++)
+        unit_fill(db, 20 * i, 20 * i + 1, 1, KVMETA_BUFFERED);
+    unit_ok(kvmeta_flush(db));
+    assert_true(unit_stats(db).tables == 2);
+    digest = kvmeta_digest(db);
+    unit_close(db);
+    options.open_threads = 4;
+    db = unit_open(u, &options);
+    unit_same_digest(kvmeta_digest(db), digest);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* --------------------------------------------------------------------------
  * Memory that changed by itself
  * -------------------------------------------------------------------------- */
@@ -352,6 +380,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_log_of_a_newer_manifest_is_evidence),
     UNIT_CASE(an_unlisted_table_of_another_store_is_not_deleted),
     UNIT_CASE(loads_by_several_threads_agree),
+    UNIT_CASE(a_range_may_begin_within_a_first_block),
     UNIT_CASE(verify_finds_damaged_memory),
     UNIT_CASE(a_heal_from_damaged_memory_is_refused),
 };
