@@ -209,6 +209,29 @@ static void planes_of_each_length_and_mode_come_back(struct unit *u)
     }
 }
 
+/* Goal: of numbers that grow by random steps the table holds the steps: eight
+ * bits a record of key and as many of value, and little more. */
+static void growing_numbers_take_the_room_of_their_steps(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct test_rng rng = {test_args.seed};
+    uint64_t number = 0, other = 0, bytes;
+    unsigned char key[8], value[8];
+    kvmeta *db = unit_open(u, &options);
+
+    for (uint64_t i = 0; i < 50000; i++) {
+        number += 1 + test_rng_below(&rng, 255);
+        other += test_rng_below(&rng, 256);
+        kvmeta_u64_to_key(number, key);
+        kv_store_le64(value, other);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+    }
+    unit_ok(kvmeta_flush(db));
+    bytes = unit_stats(db).table_bytes;
+    assert_true(bytes < 2 * 50000 + 50000 / 10);
+    unit_close(db);
+}
+
 /* Goal: a full block of records of any width fits, with all values and with
  * one tombstone, which costs more bits than it saves bytes where values are
  * small. */
@@ -289,6 +312,7 @@ static void an_index_larger_than_the_buffer_is_written(struct unit *u)
 static struct unit_case cases[] = {
     UNIT_CASE(a_table_that_says_what_is_not_so_is_corrupt),
     UNIT_CASE(planes_of_each_length_and_mode_come_back),
+    UNIT_CASE(growing_numbers_take_the_room_of_their_steps),
     UNIT_CASE(a_full_block_fits_at_each_width),
     UNIT_CASE(an_index_larger_than_the_buffer_is_written),
 };
