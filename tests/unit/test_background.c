@@ -556,6 +556,9 @@ static void check_heal(struct unit *u, const char *suffix, uint32_t flags)
     }
     unit_fill(db, 2000, 6000, 1, KVMETA_BUFFERED);
     unit_ok(kvmeta_sync(db));
+    if (!(flags & KVMETA_NO_THREAD)) {
+        unit_ok(kvmeta_wait_idle(db));      /* no table is half written now */
+    }
     unit_ok(kvmeta_verify(db, &err));
     digest = kvmeta_digest(db);
     assert_true(unit_find(u, suffix, 0, name));
