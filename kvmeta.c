@@ -6369,11 +6369,11 @@ struct kv_log_buffer {
     unsigned char *bytes;         /* room for a header, then entries */
     size_t cap;
     size_t used;                  /* KV_FRAME_BYTES when empty */
-    uint32_t entries;
-    uint32_t batches;
+    uint64_t entries;             /* these have words of their own: a copy */
+    uint64_t batches;             /* of two halves would wait for both */
     size_t pending_used;
-    uint32_t pending_entries;
-    uint32_t pending_batches;
+    uint64_t pending_entries;
+    uint64_t pending_batches;
 };
 
 static void kv_log_buffer_clear(struct kv_log_buffer *buf)
@@ -6486,9 +6486,9 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
                         bool synced, bool ahead, struct kvmeta_error *err)
 {
     struct kv_frame f = {
-        .synced = synced, .entries = buf->entries, .pos = log->end,
+        .synced = synced, .entries = (uint32_t)buf->entries, .pos = log->end,
         .seq = log->next_seq, .durable = log->durable, .digest = digest,
-        .prev = log->prev, .batches = buf->batches
+        .prev = log->prev, .batches = (uint32_t)buf->batches
     };
     uint64_t end = kv_frame_end(&log->head, log->end, buf->entries, synced);
     size_t bytes = (size_t)(end - log->end);
@@ -8809,7 +8809,7 @@ static void kv_request_count(struct kvmeta *db, size_t entries)
 static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
                              struct kv_request *r)
 {
-    uint32_t entries = db->buffer.entries;
+    uint64_t entries = db->buffer.entries;
 
     if (r->previous) {
         const unsigned char *value = kv_edit_find(edit, r->ops->key);
@@ -9013,7 +9013,7 @@ static int kv_commit_open_log(struct kvmeta *db, size_t bytes,
 /* Does the work of the group, and leaves the result in each request. */
 static void kv_commit_group(struct kvmeta *db, struct kv_request *group)
 {
-    struct kvmeta_error err = {0};
+    struct kvmeta_error err;      /* filled in by whatever fails */
     bool buffered = true;
     bool sync = false;
     size_t changes = 0;
