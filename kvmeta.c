@@ -8467,6 +8467,16 @@ static bool kv_plan_crowded(const struct kvmeta *db)
     return db->tables_count >= 2 * (size_t)db->options.merge_window;
 }
 
+/* The step that is due for fewer tables, if any. */
+static enum kv_step kv_plan_compact(const struct kvmeta *db, uint64_t live,
+                                    bool full, struct kv_plan *plan)
+{
+    if (db->compaction_stopped) return KV_STEP_NONE;
+    if (full ? !kv_tables_compact(db) : kv_plan_full(db, live))
+        return KV_STEP_FULL;
+    return kv_plan_merge(db, plan) ? KV_STEP_MERGE : KV_STEP_NONE;
+}
+
 /* Job lock held. A sealed log is flushed once there is a live one: a store
  * that is only opened and closed stays as it is. */
 static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
@@ -8492,20 +8502,13 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     plan->last = db->tables_count;
     plan->step = kv_plan_timed(db);
     if (plan->step) return;
-    if (heal) {
+    if (heal)
         plan->step = KV_STEP_HEAL;
-    } else if (flush && !kv_plan_crowded(db)) {
+    else if (!flush || kv_plan_crowded(db))
+        plan->step = kv_plan_compact(db, live, full, plan);
+    if (!plan->step && flush && db->tables_count < KV_TABLES_MAX)
         plan->step = KV_STEP_FLUSH;
-    } else if (!db->compaction_stopped
-               && (full ? !kv_tables_compact(db) : kv_plan_full(db, live))) {
-        plan->step = KV_STEP_FULL;
-    } else if (!db->compaction_stopped && kv_plan_merge(db, plan)) {
-        plan->step = KV_STEP_MERGE;
-    } else if (flush && db->tables_count < KV_TABLES_MAX) {
-        plan->step = KV_STEP_FLUSH;
-    } else {
-        plan->step = kv_plan_ahead(db);
-    }
+    if (!plan->step) plan->step = kv_plan_ahead(db);
 }
 
 static int kv_commit(struct kvmeta *db, struct kv_request *r);
