@@ -55,6 +55,7 @@ static void a_missing_store_is_not_created_when_it_must_exist(struct unit *u)
     for (i = 0; i < 4; i++) {
         options.flags = flags[i];
         unit_open_fails(u, &options, KVMETA_NOT_FOUND);
+        assert_int_equal(u->err.sys_errno, 0);
     }
 }
 
