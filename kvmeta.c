@@ -4227,7 +4227,7 @@ static void kv_merge_close(struct kv_merge *m)
 
 /* All records with from <= key < to; NULL: no bound. inputs: oldest first;
  * array, inputs and keys must outlive the merge, and none may have been filled
- * from. After an error the merge can only be closed. */
+ * from. *m: zeroed. After an error the merge can only be closed. */
 static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
                          size_t n, const unsigned char *from,
                          const unsigned char *to, struct kv_merge *m,
@@ -4237,7 +4237,7 @@ static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
     size_t bytes = n * sizeof *m->windows + 3 * room * sizeof *m->items;
 
     assert(n < UINT32_MAX / KV_INPUT_ITEMS / 64);
-    memset(m, 0, sizeof *m);
+    assert(!m->windows && m->count == 0);
     m->base.next = kv_merge_next;
     m->order.shape = &env->shape;
     m->order.inputs = inputs;
