@@ -186,6 +186,37 @@ static void a_store_that_another_makes_meanwhile_is_opened(struct unit *u)
     unit_close(db);
 }
 
+static int dir_closes;
+
+static int open_no_dir(void *user, const char *path, int *dir)
+{
+    (void)user, (void)path;
+    *dir = 77;
+    return EIO;
+}
+
+static int count_dir_close(void *user, int dir)
+{
+    (void)user, (void)dir;
+    dir_closes++;
+    return 0;
+}
+
+/* Goal: a directory that could not be opened is not closed, whatever the call
+ * has left behind. */
+static void a_directory_that_does_not_open_is_not_closed(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+
+    vfs.dir_open = open_no_dir;
+    vfs.dir_close = count_dir_close;
+    options.vfs = &vfs;
+    dir_closes = 0;
+    unit_open_fails(u, &options, KVMETA_E_IO);
+    assert_int_equal(dir_closes, 0);
+}
+
 /* Fails the read `fail_read_at` from now; 0: none. */
 static int fail_read_at;
 
@@ -550,6 +581,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(open_and_close_without_writes_change_nothing),
     UNIT_CASE(a_second_opener_is_busy),
     UNIT_CASE(a_store_that_another_makes_meanwhile_is_opened),
+    UNIT_CASE(a_directory_that_does_not_open_is_not_closed),
     UNIT_CASE(each_read_of_an_open_counts),
     UNIT_CASE(a_forked_child_is_refused_and_its_parent_undisturbed),
     UNIT_CASE(a_read_only_store_refuses_writes_and_changes_nothing),
