@@ -551,7 +551,7 @@ static void a_log_that_cannot_be_addressed_is_an_error(struct unit *u)
     struct kvmeta_options options = unit_quiet(u);
     struct unit_life life = {u, 0, 100, KVMETA_WRITTEN, 0};
     int small = sizeof(void *) == 4;
-    off_t huge = ((off_t)(small ? 4 : 40) << 30) + 100;
+    off_t huge = ((off_t)(small ? 4 : 32) << 30) + 100;
     rlim_t limit = unit_raise_limit(RLIMIT_FSIZE);
     char name[64];
     uint64_t bytes;
