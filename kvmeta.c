@@ -3260,10 +3260,10 @@ enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
 struct kv_cursor {
     const struct kv_tree *tree;
     const struct kv_version *version;
-    const int64_t *heads;         /* of the leaf, as the next three */
-    const unsigned char *rows;
-    size_t i;
-    size_t n;                     /* 0: the cursor is on no record */
+    const int64_t *heads;         /* of the leaf */
+    const unsigned char *row;     /* of the record */
+    size_t i;                     /* its place in the leaf */
+    size_t n;                     /* in the leaf; 0: on no record */
     size_t row_bytes;
     size_t tail_bytes;
     struct kv_path path;          /* down to the leaf */
@@ -3284,7 +3284,7 @@ static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
                             size_t i)
 {
     c->heads = kv_heads(leaf);
-    c->rows = kv_row(c->tree, leaf, 0);
+    c->row = kv_row(c->tree, leaf, i);
     c->i = i;
     c->n = leaf->count;
     assert(i < c->n);
@@ -3362,6 +3362,7 @@ static bool kv_cursor_next(struct kv_cursor *c)
 {
     if (KV_LIKELY(c->i + 1 < c->n)) {
         c->i++;
+        c->row += c->row_bytes;
         return true;
     }
     return c->n > 0 && kv_cursor_cross(c, true);
@@ -3372,6 +3373,7 @@ static bool kv_cursor_prev(struct kv_cursor *c)
     if (c->n == 0) return false;
     if (KV_LIKELY(c->i > 0)) {
         c->i--;
+        c->row -= c->row_bytes;
         return true;
     }
     return kv_cursor_cross(c, false);
@@ -3402,13 +3404,13 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 {
     assert(c->i < c->n);
     kv_store_be64(key, (uint64_t)c->heads[c->i] ^ (uint64_t)1 << 63);
-    kv_copy(key + 8, c->rows + c->i * c->row_bytes, c->tail_bytes);
+    kv_copy(key + 8, c->row, c->tail_bytes);
     return key;
 }
 
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
-    return c->rows + c->i * c->row_bytes + c->tail_bytes;
+    return c->row + c->tail_bytes;
 }
 
 /* ==========================================================================
