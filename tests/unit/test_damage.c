@@ -54,6 +54,8 @@ static void files_without_a_manifest_are_corrupt(struct unit *u)
     assert_true(unit_find(u, ".wal", 0, wal));
     assert_int_equal(unlink(unit_path(u, "MANIFEST")), 0);
     unit_open_fails(u, &options, KVMETA_E_CORRUPT);
+    assert_non_null(strstr(u->err.message, "MANIFEST: at 0: missing, but "
+                           "there are logs or tables"));
     assert_int_equal(unlink(unit_path(u, wal)), 0);
     unit_open_fails(u, &options, KVMETA_E_CORRUPT);
     assert_int_equal(unlink(unit_path(u, table)), 0);
