@@ -2763,8 +2763,8 @@ static void kv_leaf_prefetch(const struct kv_edit *e,
     const struct kv_layout *l = &e->tree->leaf;
     bool copied = leaf->gen != e->version->gen;
     size_t from = copied ? 0 : place;
-    size_t n = !copied && kv_heads(leaf)[place] == head ? place + 1
-                                                        : leaf->count;
+    bool replaces = place < leaf->count && kv_heads(leaf)[place] == head;
+    size_t n = replaces && !copied ? place + 1 : leaf->count;
     size_t end = l->row_off + n * l->row_bytes;
 
     if (end > KV_INNER_BYTES) end = KV_INNER_BYTES;
@@ -3019,7 +3019,8 @@ static uint64_t kv_delta_print(const struct kv_tree *t, const void *key)
     const unsigned char *end = (const unsigned char *)key + shape->key_bytes;
     uint64_t hash = kv_key_head(shape, key);
 
-    if (shape->key_bytes > 8) hash ^= kv_load_le64(end - 8) * KV_PRINT_MULTIPLIER;
+    if (shape->tail_bytes > 0)
+        hash ^= kv_load_le64(end - 8) * KV_PRINT_MULTIPLIER;
     return (hash * KV_PRINT_MULTIPLIER) >> 48 | 1;
 }
 

@@ -94,7 +94,7 @@ enum kvmeta_result {
     KVMETA_E_MISMATCH = -7,  /* the store has other widths than asked for */
     KVMETA_E_VERSION = -8,   /* written by a format this code does not know */
     KVMETA_E_READONLY = -9,  /* write to a store opened read-only */
-    KVMETA_E_FAILED = -10,   /* an earlier write failed; see kvmeta_last_error */
+    KVMETA_E_FAILED = -10,   /* a write failed before; see kvmeta_last_error */
     KVMETA_E_LIMIT = -11,    /* a limit of the options, of the format or of
                                 the open files of the process is reached */
     KVMETA_E_FORKED = -12    /* the handle belongs to the parent process */
@@ -484,9 +484,9 @@ KVMETA_API int kvmeta_step(kvmeta *db, int *did_work);
 /*
  * Checks everything there is to check: the structure of the tree, its digest,
  * and every byte of every table and sealed log on disk. Reads and writes go
- * on meanwhile; the background work waits. err: may be NULL. KVMETA_E_CORRUPT names the
- * first damage found; where it is in a file, the background work then writes
- * the data anew from memory.
+ * on meanwhile; the background work waits. err: may be NULL. KVMETA_E_CORRUPT
+ * names the first damage found; where it is in a file, the background work
+ * then writes the data anew from memory.
  */
 KVMETA_API int kvmeta_verify(kvmeta *db, struct kvmeta_error *err);
 
