@@ -19,6 +19,22 @@ static int refused(struct unit *u)
     return atomic_load(&u->alloc.calls) >= u->alloc.fail_at;
 }
 
+/* Flushes or compacts with the at-th request refused: that one call fails, and
+ * the next one makes up for it. Returns whether there was such a request. */
+static int fails_alone(struct unit *u, kvmeta *db, int (*call)(kvmeta *),
+                       uint64_t at)
+{
+    int hit, rc;
+
+    refuse(u, at);
+    rc = call(db);
+    hit = refused(u);
+    refuse(u, 0);
+    unit_is(rc, hit ? KVMETA_E_NOMEM : KVMETA_OK);
+    unit_ok(kvmeta_compact(db));
+    return hit;
+}
+
 /* --------------------------------------------------------------------------
  * The background
  * -------------------------------------------------------------------------- */
@@ -30,19 +46,14 @@ static void a_flush_without_memory_fails_alone(struct unit *u)
     struct kvmeta_digest digest;
     kvmeta *db;
     uint64_t at;
-    int rc, hit = 1;
+    int hit = 1;
 
     options.vfs = unit_unsynced(u);
     db = unit_open(u, &options);
     for (at = 1; hit; at++) {
         unit_fill_random(db, 0, 2000, at);
         digest = kvmeta_digest(db);
-        refuse(u, at);
-        rc = kvmeta_flush(db);
-        hit = refused(u);
-        refuse(u, 0);
-        unit_is(rc, hit ? KVMETA_E_NOMEM : KVMETA_OK);
-        unit_ok(kvmeta_compact(db));
+        hit = fails_alone(u, db, kvmeta_flush, at);
         unit_ok(kvmeta_last_error(db, NULL));
         unit_same_digest(kvmeta_digest(db), digest);
         assert_int_equal(unit_stats(db).table_records, 2000);
@@ -63,7 +74,7 @@ static void a_flush_without_memory_for_the_footer_fails_alone(struct unit *u)
     unsigned char key[8], value[212];
     kvmeta *db;
     uint64_t at, i;
-    int rc, hit = 1;
+    int hit = 1;
 
     options.flags = KVMETA_NO_THREAD;
     options.vfs = unit_unsynced(u);
@@ -74,12 +85,7 @@ static void a_flush_without_memory_for_the_footer_fails_alone(struct unit *u)
             test_rng_bytes(&rng, value, sizeof value);
             unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
         }
-        refuse(u, at);
-        rc = kvmeta_flush(db);
-        hit = refused(u);
-        refuse(u, 0);
-        unit_is(rc, hit ? KVMETA_E_NOMEM : KVMETA_OK);
-        unit_ok(kvmeta_compact(db));
+        hit = fails_alone(u, db, kvmeta_flush, at);
         assert_int_equal(unit_stats(db).table_records, 4);
     }
     assert_true(at > 10);
@@ -93,7 +99,7 @@ static void a_merge_without_memory_fails_alone(struct unit *u)
     struct kvmeta_digest digest;
     kvmeta *db;
     uint64_t at;
-    int rc, hit = 1;
+    int hit = 1;
 
     options.vfs = unit_unsynced(u);
     db = unit_open(u, &options);
@@ -103,12 +109,7 @@ static void a_merge_without_memory_fails_alone(struct unit *u)
         unit_fill_random(db, 500, 1500, at);
         unit_ok(kvmeta_flush(db));
         digest = kvmeta_digest(db);
-        refuse(u, at);
-        rc = kvmeta_compact(db);
-        hit = refused(u);
-        refuse(u, 0);
-        unit_is(rc, hit ? KVMETA_E_NOMEM : KVMETA_OK);
-        unit_ok(kvmeta_compact(db));
+        hit = fails_alone(u, db, kvmeta_compact, at);
         unit_same_digest(kvmeta_digest(db), digest);
         assert_int_equal(unit_stats(db).table_records, 1500);
     }
