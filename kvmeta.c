@@ -1477,16 +1477,23 @@ static void kv_pool_free(struct kv_pool *pool)
  * signed. An inner node of n children has n - 1 separators: child i holds the
  * keys k with separator[i-1] <= k < separator[i].
  *
+ * A search for one key compares it with all heads of a node, whose lines come
+ * at once. Searches for many keys side by side are bound by the number of
+ * lines that they touch, so an inner node also has an index: the first head of
+ * each line of heads but the first. It leads to the one line that matters. In
+ * leaves it would cost too much memory; a binary search over their lines does.
+ *
  * (T1) keys ascend strictly within and across leaves; (T2) all leaves are at
  * level 0, a node's children one level below it; (T3) no node is empty;
  * (T4) heads behind the last one are KV_HEAD_PAD up to the padded capacity;
  * (T5) a child is never younger than its parent (gen); (T6) count and digest
- * are those of the records.
+ * are those of the records; (T7) the index of an inner node is that of its
+ * heads.
  * ========================================================================== */
 
 enum {
     KV_LEAF_BYTES = 1536,
-    KV_INNER_BYTES = 2048,
+    KV_INNER_BYTES = 1792,        /* the index of 16-byte keys is one line */
     KV_LEAF_MIN = 8,              /* records that a leaf has room for */
     KV_INNER_MIN = 16,            /* children that an inner node has room for */
     KV_HEIGHT_MAX = 24,
@@ -1503,6 +1510,8 @@ enum {
 struct kv_layout {
     uint32_t cap;                 /* records, or children */
     uint32_t cap_padded;          /* heads that there is room for */
+    uint32_t lines;               /* cache lines that heads are in */
+    uint32_t index_off;
     uint32_t row_off;
     uint32_t row_bytes;
     uint32_t child_off;
@@ -1611,17 +1620,35 @@ static struct kv_node **kv_children(const struct kv_tree *t,
     return (struct kv_node **)(void *)kv_node_at(inner, t->inner.child_off);
 }
 
+/* The index of an inner node: an entry for each line of heads but the first,
+ * padded like heads. */
+static int64_t *kv_index(const struct kv_tree *t, const struct kv_node *inner)
+{
+    assert(inner->level > 0);
+    return (int64_t *)(void *)kv_node_at(inner, t->inner.index_off);
+}
+
+/* Where the heads of a line begin: the first line has room for four only. */
+static size_t kv_line_first(size_t line)
+{
+    return line > 0 ? 8 * line - 4 : 0;
+}
+
 static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
                            uint32_t child_bytes, uint32_t bytes, uint32_t min)
 {
     uint32_t entry = 8 + row_bytes + child_bytes;
     uint32_t head = (uint32_t)sizeof(struct kv_node);
+    bool inner = child_bytes > 0;
 
-    /* The heads fill their cache lines; the first has room for four. */
     l->row_bytes = row_bytes;
     for (l->cap = (uint32_t)kv_max(min, (bytes - head) / entry);; l->cap--) {
-        l->cap_padded = (uint32_t)kv_align_up(l->cap + 4, 8) - 4;
-        l->row_off = head + 8 * l->cap_padded;
+        /* The heads fill their cache lines; a vector is four of them. */
+        l->cap_padded = (uint32_t)kv_align_up(l->cap - inner + 4, 8) - 4;
+        l->lines = (l->cap_padded + 4) / 8;
+        l->index_off = head + 8 * l->cap_padded;
+        l->row_off = l->index_off
+            + (inner ? 8 * (uint32_t)kv_align_up(l->lines - 1, 4) : 0);
         l->child_off = (uint32_t)kv_align_up(l->row_off + l->cap * row_bytes,
                                              8);
         l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
@@ -1703,6 +1730,32 @@ static struct kv_probe kv_probe_make(const struct kv_tree *t, const void *key)
     return p;
 }
 
+#if KV_X86
+__attribute__((target("avx2")))
+static void kv_count_many_avx2(const int64_t *const *heads, size_t n,
+                               const struct kv_probe *probes,
+                               size_t probes_count, size_t *less)
+{
+    for (size_t i = 0; i < probes_count; i++)
+        less[i] = kv_count_avx2(heads[i], n, probes[i].head);
+}
+#endif
+
+/* Of each probe's own array of n heads, how many are less than the probe's. */
+static void kv_count_many(const struct kv_tree *t, const int64_t *const *heads,
+                          size_t n, const struct kv_probe *probes,
+                          size_t probes_count, size_t *less)
+{
+#if KV_X86
+    if (KV_LIKELY(t->avx2)) {
+        kv_count_many_avx2(heads, n, probes, probes_count, less);
+        return;
+    }
+#endif
+    for (size_t i = 0; i < probes_count; i++)
+        less[i] = kv_count_less(t, heads[i], n, probes[i].head);
+}
+
 /* Number of the node's first n keys that are less than the key; with `equal`
  * those that are equal count, too. *match: the key at the result is equal. */
 static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
@@ -1777,29 +1830,46 @@ static const unsigned char *kv_tree_find(const struct kv_tree *t,
     return match ? kv_value(t, node, i) : NULL;
 }
 
-/*
- * The rank of each key among the heads of its node, all nodes on one level:
- * a binary search over cache lines, all keys in step, each with its next line
- * on the way while the others are looked at. It reads few of a node's lines,
- * and the memory system can fetch only so many at a time.
- */
-static void kv_rank_many(const struct kv_tree *t, const struct kv_probe *probes,
-                         const struct kv_node *const *nodes, size_t n,
-                         uint32_t cap_padded, size_t *ranks)
+/* The rank of each key in its node, given the line of heads that it is in. The
+ * first line is counted with half of the next one, which is not less. */
+static void kv_line_rank_many(const struct kv_tree *t,
+                              const struct kv_probe *probes,
+                              const struct kv_node *const *nodes, size_t n,
+                              size_t *at)
 {
-    size_t lines = (cap_padded + 4) / 8;
+    const int64_t *heads[KV_BATCH] = {NULL};
+    size_t less[KV_BATCH];
+
+    for (size_t i = 0; i < n; i++)
+        heads[i] = kv_heads(nodes[i]) + kv_line_first(at[i]);
+    kv_count_many(t, heads, 8, probes, n, less);
+    for (size_t i = 0; i < n; i++) at[i] = kv_line_first(at[i]) + less[i];
+}
+
+/*
+ * The rank of each key among the heads of its leaf: a binary search over cache
+ * lines, all keys in step, each with its next line on the way while the others
+ * are looked at. It reads few of a leaf's lines, and the memory system can
+ * fetch only so many at a time.
+ */
+static void kv_leaf_rank_many(const struct kv_tree *t,
+                              const struct kv_probe *probes,
+                              const struct kv_node *const *leaves, size_t n,
+                              size_t *ranks)
+{
+    size_t lines = t->leaf.lines;
     size_t half;
 
     for (size_t i = 0; i < n; i++) {
         ranks[i] = 0;             /* a line, until the end */
-        KV_PREFETCH(kv_heads(nodes[i]) + 8 * (lines / 2) - 4);
+        KV_PREFETCH(kv_heads(leaves[i]) + 8 * (lines / 2) - 4);
     }
     for (; lines > 1; lines -= half) {
         size_t next = (lines - lines / 2) / 2;
 
         half = lines / 2;
         for (size_t i = 0; i < n; i++) {
-            const int64_t *heads = kv_heads(nodes[i]) - 4;
+            const int64_t *heads = kv_heads(leaves[i]) - 4;
             size_t line = ranks[i];
 
             /* Without a branch, which would be guessed wrong half the time. */
@@ -1809,11 +1879,33 @@ static void kv_rank_many(const struct kv_tree *t, const struct kv_probe *probes,
             ranks[i] = line;
         }
     }
-    for (size_t i = 0; i < n; i++) {
-        size_t from = ranks[i] ? 8 * ranks[i] - 4 : 0;
+    kv_line_rank_many(t, probes, leaves, n, ranks);
+}
 
-        ranks[i] = from + kv_count_less(t, kv_heads(nodes[i]) + from,
-                                        ranks[i] ? 8 : 4, probes[i].head);
+/* Replaces each inner node, all on one level, by its child for the key: by
+ * the index, the line of heads and the child's reference, all keys in step. */
+static void kv_inner_child_many(const struct kv_tree *t,
+                                const struct kv_probe *probes,
+                                const struct kv_node **nodes, size_t n)
+{
+    const int64_t *index[KV_BATCH] = {NULL};
+    size_t at[KV_BATCH];
+
+    for (size_t i = 0; i < n; i++) {
+        index[i] = kv_index(t, nodes[i]);
+        for (size_t k = 0; k + 1 < t->inner.lines; k += 8)
+            KV_PREFETCH(index[i] + k);
+    }
+    kv_count_many(t, index, t->inner.lines - 1, probes, n, at);
+    for (size_t i = 0; i < n; i++)
+        KV_PREFETCH(kv_heads(nodes[i]) + kv_line_first(at[i]));
+    kv_line_rank_many(t, probes, nodes, n, at);
+    for (size_t i = 0; i < n; i++)
+        KV_PREFETCH(kv_children(t, nodes[i]) + at[i]);
+    for (size_t i = 0; i < n; i++) {
+        if (kv_heads(nodes[i])[at[i]] == probes[i].head)
+            at[i] = kv_inner_child(t, nodes[i], probes[i]);
+        nodes[i] = kv_children(t, nodes[i])[at[i]];
     }
 }
 
@@ -1827,17 +1919,10 @@ static void kv_tree_descend_many(const struct kv_tree *t,
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
         KV_SCHED_POINT("descend");
-        kv_rank_many(t, probes, nodes, n, t->inner.cap_padded, ranks);
-        for (size_t i = 0; i < n; i++) {
-            const struct kv_node *node = nodes[i];
-
-            if (kv_heads(node)[ranks[i]] == probes[i].head)
-                ranks[i] = kv_inner_child(t, node, probes[i]);
-            nodes[i] = kv_children(t, node)[ranks[i]];
-        }
+        kv_inner_child_many(t, probes, nodes, n);
     }
     KV_SCHED_POINT("find");
-    kv_rank_many(t, probes, nodes, n, t->leaf.cap_padded, ranks);
+    kv_leaf_rank_many(t, probes, nodes, n, ranks);
 }
 
 /* Is the key in the leaf? *place: where its head would be; gets where it is,
@@ -2225,18 +2310,31 @@ static const unsigned char *kv_edit_find(const struct kv_edit *e,
     return kv_tree_find(e->tree, e->version, key);
 }
 
-/* An empty node, with its heads padded (T4). */
+/* Restores T7 after the heads of the node were changed; leaves have none. */
+static void kv_index_make(const struct kv_tree *t, struct kv_node *node)
+{
+    const int64_t *heads = kv_heads(node);
+    int64_t *index;
+
+    if (node->level == 0) return;
+    index = kv_index(t, node);
+    for (size_t line = 1; line < t->inner.lines; line++)
+        index[line - 1] = heads[kv_line_first(line)];
+}
+
+/* An empty node, with its heads and its index padded (T4, T7). */
 static void kv_node_init(const struct kv_tree *t, struct kv_node *node,
                          uint32_t level, uint64_t gen)
 {
+    const struct kv_layout *l = level == 0 ? &t->leaf : &t->inner;
     int64_t *heads = kv_heads(node);
 
     node->gen = gen;
     node->dead_next = NULL;
     node->count = 0;
     node->level = level;
-    for (size_t i = 0; i < kv_layout_of(t, node)->cap_padded; i++)
-        heads[i] = KV_HEAD_PAD;
+    for (size_t i = 0; i < (l->row_off - sizeof *node) / 8; i++)
+        heads[i] = KV_HEAD_PAD;   /* the index follows the heads */
 }
 
 static struct kv_node *kv_edit_new(struct kv_edit *e, uint32_t level)
@@ -2286,6 +2384,7 @@ static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
     if (old->level > 0)
         memcpy(kv_children(e->tree, node), kv_children(e->tree, old),
                old->count * sizeof old);
+    kv_index_make(e->tree, node);
     *ref = node;
     kv_edit_retire(e, old);
     return node;
@@ -2355,6 +2454,7 @@ static void kv_inner_insert(const struct kv_tree *t, struct kv_node *node,
     kv_key_set(t, node, i - 1, separator);
     kv_children(t, node)[i] = child;
     node->count++;
+    kv_index_make(t, node);
 }
 
 /* Takes out child i, with the separator before it (or behind the first). */
@@ -2369,6 +2469,7 @@ static void kv_inner_remove(const struct kv_tree *t, struct kv_node *node,
     kv_children_move(t, node, i, node, i + 1, n - 1 - i);
     node->count--;
     if (n > 1) kv_heads(node)[n - 2] = KV_HEAD_PAD;
+    kv_index_make(t, node);
 }
 
 /* Moves the upper part of child i, from `keep` on, to a new right sibling. */
@@ -2395,6 +2496,8 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     kv_inner_insert(t, parent, i + 1, separator, right);
     left->count = (uint32_t)keep;
     kv_node_pad(left, before);
+    kv_index_make(t, left);
+    kv_index_make(t, right);
 }
 
 /* Moves n records from one leaf to its neighbour; i is the left one's place
@@ -2425,6 +2528,7 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
     }
     assert(right->count > 0);
     kv_key_set(t, parent, i, kv_key_at(t, right, 0));
+    kv_index_make(t, parent);
 }
 
 /* Makes room in the full leaf at i: gives half of what a sibling has room for
@@ -2638,6 +2742,7 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
     }
     kv_rows_move(t, left, n, right, 0, kv_node_keys(right));
     left->count += right->count;
+    kv_index_make(t, left);
     kv_inner_remove(t, parent, i + 1);
     kv_edit_retire(e, right);
     return true;
@@ -3537,6 +3642,7 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
             kv_children(t, parent)[k] = child;
         }
         parent->count = (uint32_t)children;
+        kv_index_make(t, parent);
         i += children;
         nodes[made++] = parent;
     }
@@ -3679,6 +3785,15 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     return KVMETA_OK;
 }
 
+static bool kv_index_right(const struct kv_tree *t, const struct kv_node *node)
+{
+    if (node->level == 0) return true;
+    for (size_t line = 1; line < t->inner.lines; line++)
+        if (kv_index(t, node)[line - 1] != kv_heads(node)[kv_line_first(line)])
+            return false;
+    return true;
+}
+
 /* The rules that hold for one node on its own; NULL: all do. */
 static const char *kv_node_check(const struct kv_tree *t,
                                  const struct kv_node *node)
@@ -3690,6 +3805,7 @@ static const char *kv_node_check(const struct kv_tree *t,
     keys = kv_node_keys(node);
     for (size_t i = keys; i < l->cap_padded; i++)
         if (kv_heads(node)[i] != KV_HEAD_PAD) return "T4: head pad";
+    if (!kv_index_right(t, node)) return "T7: index";
     for (size_t i = 1; i < keys; i++) {
         struct kv_probe a = kv_key_at(t, node, i - 1);
         struct kv_probe b = kv_key_at(t, node, i);

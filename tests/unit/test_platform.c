@@ -764,6 +764,7 @@ static void break_leaf(kvmeta *db, struct kv_node *inner,
           "T1: order within a node");
     if (keys < t->leaf.cap_padded)
         BREAK_NODE(t, leaf, kv_heads(leaf)[keys], 0, "T4: head pad");
+    BREAK_NODE(t, inner, kv_index(t, inner)[0], 0, "T7: index");
 }
 
 /* Goal: verify names the rule that memory breaks. Method: a store of three
