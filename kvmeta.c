@@ -6726,26 +6726,62 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
  * each key only, are a source for a merge. Carries (R1): what is accepted is
  * an unbroken chain of frames from the header on; (R2): a tail is dropped
  * only if no evidence says that a byte of it was acknowledged.
+ *
+ * A live log after a crash, with what is known of its offsets:
+ *
+ *   header | frame | frame | frame | ? ? ? | frame? | 0 0 0 0 0 0 |
+ *                                  ^         ^                    ^
+ *                                  end       written early by     size
+ *                                            the system
+ *
+ * The chain ends where no frame is that is whole and names the last one's
+ * header sum. What stands there may be a frame that the crash has torn, or
+ * one that was acknowledged and is damaged. The bytes at `end` cannot tell;
+ * others can: a frame further on holds the offset up to which the log had
+ * been synced when it was made, and so does a mark in LOCK. If the highest of
+ * them is above `end`, bytes are gone that somebody relies on, and the open
+ * fails. Otherwise no sync that covers the place has been heard of, and
+ * nothing behind it was promised. (The README says when both witnesses are
+ * lost.)
+ *
+ * A frame behind a gap is never taken, though it may be whole: its digest and
+ * its commit numbers count on what is missing, and prefixes are the promise.
+ *
+ * All of a log is read into memory at once; it needs another 16 bytes for
+ * each entry, and as many again while it is sorted. Nothing here writes, takes
+ * a lock or keeps state between two calls, so that an open reads many logs
+ * side by side.
  * ========================================================================== */
 
-/* A whole log in memory. */
+/*
+ * A whole log in memory: the file as it is, and an item for each of its
+ * entries, by which they are sorted without being moved. One task fills it;
+ * once it is loaded nothing changes it, and any number of threads may read.
+ * Items point into `bytes` by their places, so that both live equally long.
+ */
 struct kv_run {
-    unsigned char *bytes;
+    unsigned char *bytes;         /* size + 1 of them, from kv_alloc_pages */
     uint64_t size;                /* of the file */
     struct kv_log_head head;
     struct kv_item *items;        /* the key is at bytes + place * 8 + 8 */
-    size_t count;
-    size_t cap;
+    size_t count;                 /* entries; once sorted, keys */
+    size_t cap;                   /* as many as the file has room for */
     uint64_t end;                 /* of the last accepted frame */
-    uint32_t last_hcrc;
+    uint32_t last_hcrc;           /* what the next frame's prev must be */
     uint64_t frames;
-    uint64_t batches;
+    uint64_t batches;             /* seqs first_seq, first_seq + 1, ... */
     struct kvmeta_digest digest;  /* after the last frame */
-    uint64_t torn_bytes;
+    uint64_t torn_bytes;          /* behind `end`, up to the last non-zero */
     int torn_reason;              /* enum kvmeta_torn */
 };
 
-/* What the manifest holds of a log. */
+/*
+ * What the manifest holds of a log. The salt ties the entry to one file: the
+ * file of an earlier life with the same id has another. Of a sealed log the
+ * last two fields fix every byte, because each frame's header sum covers the
+ * sum of its body and that of the header before. Of the live one they are
+ * zero: nobody swaps a manifest for each commit.
+ */
 struct kv_log_meta {
     uint64_t id;
     unsigned char salt[KV_SALT_BYTES];
@@ -6754,11 +6790,15 @@ struct kv_log_meta {
     uint64_t bytes;               /* of a sealed one */
 };
 
+/* The number of the last commit in the log. Of a log without a frame it is
+ * that of the last commit before it. */
 static uint64_t kv_run_last_seq(const struct kv_run *run)
 {
     return run->head.first_seq + run->batches - 1;
 }
 
+/* Accepts a zeroed run, and one that kv_run_load has left half done: each
+ * array is given back by the size that it was asked for. */
 static void kv_run_free(struct kv_env *env, struct kv_run *run)
 {
     kv_free_pages(env, run->bytes, (size_t)run->size + 1);
@@ -6767,7 +6807,10 @@ static void kv_run_free(struct kv_env *env, struct kv_run *run)
 }
 
 /* Is there a whole frame at `pos` that follows the chain? Otherwise *reason
- * is set. */
+ * says how it looks: no header of ours (also one that does not name the frame
+ * before), or a header whose body is not there in full. After true *reason
+ * means nothing. pos is at most the size of the file; nothing behind that is
+ * read, whatever the header says. */
 static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
                             uint64_t pos, struct kv_frame *f, int *reason)
 {
@@ -6779,6 +6822,8 @@ static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
         || f->prev != run->last_hcrc)
         return false;
     *reason = KVMETA_TORN_BODY;
+    /* Bounds the count before it is multiplied into an offset: the header is
+     * genuine, but the file may end early. */
     if (f->entries > (run->size - pos) / run->head.slot_bytes) return false;
     end = kv_frame_end(&run->head, pos, f->entries, f->synced);
     if (end > run->size) return false;
@@ -6787,8 +6832,10 @@ static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
                       (size_t)(end - pos - KV_FRAME_BYTES)) == f->bcrc;
 }
 
-/* Adds the entries of a valid frame. Its bytes are what somebody wrote with
- * the right sums, so a broken rule is damage or a fault, never a torn tail. */
+/* Adds the entries of a valid frame, and moves the end of the chain behind
+ * it. Its bytes are what somebody wrote with the right sums, so a broken rule
+ * is damage or a fault, never a torn tail: it fails even where no byte was
+ * acknowledged. After an error the run can only be freed. */
 static int kv_run_accept(struct kv_env *env, struct kv_run *run,
                          const struct kv_file *file, const struct kv_frame *f,
                          struct kvmeta_error *err)
@@ -6802,14 +6849,19 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
         return kv_fail_corrupt(err, file, f->pos, "frame: seq %llu, want %llu",
                                (unsigned long long)f->seq,
                                (unsigned long long)seq);
+    /* A writer knows of syncs of earlier frames only. */
     if (f->durable > f->pos)
         return kv_fail_corrupt(err, file, f->pos, "frame: durable too high");
+    /* A frame without batches fills up a sector; a batch that changes nothing
+     * is not logged. */
     if ((f->entries == 0) != (f->batches == 0) || f->batches > f->entries)
         return kv_fail_corrupt(err, file, f->pos, "frame: batch count");
     if (!kv_is_zero(run->bytes + body_end, (size_t)(end - body_end)))
         return kv_fail_corrupt(err, file, body_end, "frame: pad not zero");
 
     assert(run->count + f->entries <= run->cap);
+    /* Keys and values stay where they are: only their places are kept,
+     * counted in units of eight, which makes 32 bits enough. */
     for (; at < body_end; at += run->head.slot_bytes) {
         const unsigned char *entry = run->bytes + at;
         const char *rule = kv_entry_check(&env->shape, run->head.slot_bytes,
@@ -6830,7 +6882,11 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
 }
 
 /* The highest offset that a frame header anywhere in the file says to have
- * been durable, also beyond the end of the chain. */
+ * been durable, also beyond the end of the chain. Every multiple of 8 is
+ * tried, for behind a damaged frame nobody knows where the next one starts. A
+ * header that is found by chance, or as a copy in a value, does not count:
+ * the sum is seeded by this file, and `pos` must be its place. A body is not
+ * looked at: a header that was written is evidence though its body is torn. */
 static uint64_t kv_log_evidence(const struct kv_env *env,
                                 const struct kv_run *run)
 {
@@ -6846,7 +6902,10 @@ static uint64_t kv_log_evidence(const struct kv_env *env,
     return highest;
 }
 
-/* The end of the live log. acked: the highest offset that the marks give. */
+/* The end of the live log: decides whether what does not belong to the chain
+ * is a torn tail, which is counted, or damage. acked: the highest offset that
+ * the marks give, 0 for none. The zeros at the end are room that was written
+ * ahead, and count as nothing. */
 static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
                              const struct kv_file *file, uint64_t acked,
                              struct kvmeta_error *err)
@@ -6856,6 +6915,7 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
     };
     uint64_t used = run->size;
 
+    /* Marks and frames may each be the only ones left that know. */
     acked = kv_max(acked, kv_log_evidence(env, run));
     if (acked > run->end)
         return kv_fail_corrupt(err, file, run->end,
@@ -6868,6 +6928,10 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
     return KVMETA_OK;
 }
 
+/* Reads the whole file to run->bytes. One byte more than needed is allocated,
+ * so that an empty file is not a request for nothing. A place has 32 bits, so
+ * that a log ends below 32 GiB; log_bytes_max is at most 4. What has been
+ * allocated is left to kv_run_free, after an error too. */
 static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
                             struct kv_run *run, struct kvmeta_error *err)
 {
@@ -6882,6 +6946,10 @@ static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
     return kv_file_read(env, file, run->bytes, (size_t)run->size, 0, err);
 }
 
+/* Walks the chain from the header on and leaves the entries in the order in
+ * which they were committed. The manifest speaks first: of a file with
+ * another salt, or of a sealed one with another size, not one frame is looked
+ * at. */
 static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
                         const struct kv_log_meta *meta, uint64_t acked,
                         struct kv_run *run, struct kvmeta_error *err)
@@ -6901,6 +6969,8 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
                                (unsigned long long)run->size,
                                (unsigned long long)meta->bytes);
 
+    /* No frame can hold more entries than the file has slots, so that the
+     * array never grows, and a lying count costs no memory. */
     run->cap = (size_t)run->size / run->head.slot_bytes + 1;
     run->items = kv_alloc_pages(env, run->cap * sizeof *run->items);
     if (!run->items)
@@ -6908,12 +6978,16 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
     run->end = kv_log_first(run->head.align);
     run->last_hcrc = run->head.crc;
     run->digest = run->head.digest;
+    /* The header's sum is the first link: a frame of another log that had the
+     * same id, or of this one before its header was written, does not fit. */
     while (run->end < run->size
            && kv_run_frame_at(env, run, run->end, &f, &run->torn_reason)) {
         rc = kv_run_accept(env, run, file, &f, err);
         if (rc) return rc;
     }
     if (meta->live) return kv_run_check_tail(env, run, file, acked, err);
+    /* The chain must reach the end of the file, and its last frame must be
+     * the one that the log was sealed with. */
     if (!KV_MUTANT(19)
         && (run->end != meta->bytes || run->last_hcrc != meta->last_hcrc))
         return kv_fail_corrupt(err, file, run->end,
@@ -6922,13 +6996,16 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
     return KVMETA_OK;
 }
 
-/* The items of a run, from `next` on, as an input. */
+/* The items of a run, from `next` on, as an input. It only looks at the run,
+ * so that many threads may have inputs of one, each with a range of its own. */
 struct kv_run_input {
     struct kv_input base;
     const struct kv_run *run;
     size_t next;
 };
 
+/* The items are copied, because a merge writes the number of the input into
+ * them; what they point at is not. */
 static int kv_run_input_fill(struct kv_input *base, struct kv_item *items,
                              size_t *n, struct kvmeta_error *err)
 {
@@ -6942,7 +7019,9 @@ static int kv_run_input_fill(struct kv_input *base, struct kv_item *items,
     return KVMETA_OK;
 }
 
-/* All of a run. */
+/* All of a run. The rows of this input are the slots behind their first 8
+ * bytes, and its unit is 8, since frames, and with them slots, start at
+ * multiples of 8 only. */
 static void kv_run_input_init(const struct kv_run *run, struct kv_run_input *s)
 {
     s->base.fill = kv_run_input_fill;
@@ -6952,7 +7031,11 @@ static void kv_run_input_init(const struct kv_run *run, struct kv_run_input *s)
     s->next = 0;
 }
 
-/* By key, the last entry of each key only. */
+/* Orders the items by key and keeps the last entry of each key only. Items
+ * come in the order of commits and the sort is stable (M1), so that of equal
+ * keys the last one is the newest. What is dropped adds to no sum: a log has
+ * none to balance, its digest is that of the state behind it. After an error
+ * the items are as they were. */
 static int kv_run_sort(struct kv_env *env, struct kv_run *run,
                        struct kvmeta_error *err)
 {
@@ -6972,11 +7055,10 @@ static int kv_run_sort(struct kv_env *env, struct kv_run *run,
     return KVMETA_OK;
 }
 
-/*
- * Reads, checks and sorts the log that `meta` describes. acked: the highest
- * durable offset of this log that the marks give, 0 for none. *run is to be
- * freed by the caller, after an error too.
- */
+/* Reads, checks and sorts the log that `meta` describes. acked: the highest
+ * durable offset of this log that the marks give, 0 for none; a sealed log
+ * needs none. Only reads: the file is as it was, whatever is found. *run is
+ * to be freed by the caller, after an error too. */
 static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
                        uint64_t acked, struct kv_run *run,
                        struct kvmeta_error *err)
@@ -6995,7 +7077,8 @@ static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
     return rc;
 }
 
-/* From the key `from` on; NULL: all. */
+/* From the key `from` on; NULL: all. The run must have been sorted. Where the
+ * range ends is the merge's business. */
 static void kv_run_input_open(const struct kv_env *env,
                               const struct kv_run *run,
                               const unsigned char *from,
@@ -7011,6 +7094,11 @@ static void kv_run_input_open(const struct kv_env *env,
 
 /* --- Tables and logs, merged --- */
 
+/*
+ * A merge with the inputs that it takes from: what a flush, a compaction and
+ * each range of an open have in common. Tables and runs stay the caller's,
+ * and must outlive it. It points into itself and must not be moved.
+ */
 struct kv_inputs {
     struct kv_merge merge;
     size_t tables_count;
@@ -7029,8 +7117,10 @@ static void kv_inputs_close(struct kv_env *env, struct kv_inputs *in)
     memset(in, 0, sizeof *in);
 }
 
-/* The records from <= key < to of tables and younger runs; oldest first, NULL:
- * no bound. To be closed, after an error too. */
+/* The records from <= key < to of tables and younger runs; oldest first,
+ * NULL: no bound. All tables are older than all runs: a log is flushed in the
+ * order in which it was written, so that what is still in logs came later. To
+ * be closed, after an error too. */
 static int kv_inputs_open(struct kv_job *job, const struct kv_table *tables,
                           size_t tables_count, const struct kv_run *runs,
                           size_t runs_count, const unsigned char *from,
@@ -7043,6 +7133,7 @@ static int kv_inputs_open(struct kv_job *job, const struct kv_table *tables,
     int rc = KVMETA_OK;
 
     memset(in, 0, sizeof *in);
+    /* Zeroed, so that inputs that were not opened can be closed. */
     in->tables = kv_alloc_zeroed(job->env, bytes + 1);
     if (!in->tables) return kv_fail_memory(err, bytes + 1);
     in->runs = (struct kv_run_input *)(void *)(in->tables + tables_count);
