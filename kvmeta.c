@@ -6243,6 +6243,27 @@ static int kv_table_writer_finish(struct kv_table_writer *w,
  * of this file. Encoding and decoding are neighbours. Carries (L1): a frame
  * is valid at one offset of one log of one store only, because its sums are
  * seeded by the file and its header holds its own offset.
+ *
+ * What each field of a frame is there for:
+ *
+ *   pos, seeds   a frame of a file that had these sectors before, or of a
+ *                log with the same id in an earlier life, is no frame (L1)
+ *   prev         frames form a chain: one that is missing, doubled or left
+ *                from an older attempt breaks it
+ *   seq          commits are numbered without a gap, across logs and tables
+ *   durable      a witness of earlier syncs, for the next open (R2)
+ *   digest       the state after it, which an open computes anew (P2)
+ *   bcrc, hcrc   apart, so that a header whose body is torn can still be a
+ *                witness; hcrc covers bcrc, and so names the whole frame
+ *
+ * What a commit costs: a put of 8 + 8 bytes takes a slot of 24, and with the
+ * header a frame of 88. Synced it takes 512 with the default align, which is
+ * what concurrent commits share.
+ *
+ * Frames have no end mark, and zeros are no frame: behind the last one there
+ * may be anything, and the chain decides what counts.
+ *
+ * Nothing here does I/O or takes a lock: writer and replay call with bytes.
  * ========================================================================== */
 
 enum {
@@ -6251,6 +6272,7 @@ enum {
     KV_LOG_UUID_OFF = 16,
     KV_LOG_ALIGN_MAX = 65536,
     KV_FRAME_BYTES = 64,
+    /* A whole word: keys start at multiples of 8 (kv_run_input_init). */
     KV_ENTRY_BYTES = 8,           /* op and zeros in front of an entry */
     KV_ENTRY_PUT = 1,
     KV_ENTRY_REMOVE = 2,
@@ -6260,43 +6282,54 @@ enum {
 
 #define KV_LOG_MAGIC 0x0031474F4C4D564Bu /* "KVMLOG1" */
 
-/* What is fixed for a log when it is made. */
+/*
+ * What is fixed for a log when it is made. align and slot_bytes are stored
+ * though the options and the widths give them: a store may be opened with
+ * another log_align than the one that its logs were written with.
+ */
 struct kv_log_head {
     uint64_t id;
     unsigned char salt[KV_SALT_BYTES];
-    uint32_t align;
-    uint32_t slot_bytes;
+    uint32_t align;               /* a power of two, 8..KV_LOG_ALIGN_MAX */
+    uint32_t slot_bytes;          /* of an entry with its pad */
     uint64_t first_seq;           /* of its first batch */
     struct kvmeta_digest digest;  /* of the records before its first batch */
     uint32_t seed;                /* of its sums */
     uint32_t crc;                 /* of the header; the first frame's prev */
 };
 
+/* The header of a frame. As decoded, its sum is right and its place is; the
+ * other fields are what the file says, for the replay to judge. */
 struct kv_frame {
-    bool synced;
+    bool synced;                  /* padded to align, else to 8 */
     uint32_t entries;
     uint64_t pos;
     uint64_t seq;                 /* of the first batch */
-    uint64_t durable;
+    uint64_t durable;             /* offset, <= pos: synced before */
     struct kvmeta_digest digest;  /* of all records, after this frame */
-    uint32_t prev;
-    uint32_t batches;
-    uint32_t bcrc;
-    uint32_t hcrc;
+    uint32_t prev;                /* hcrc of the frame before */
+    uint32_t batches;             /* <= entries; 0 if these are */
+    uint32_t bcrc;                /* over entries and pad */
+    uint32_t hcrc;                /* over the header before it */
 };
 
+/* Slots are of one width, so that no entry states its length: there is no
+ * length that could be wrong. */
 static uint32_t kv_log_slot_bytes(const struct kv_shape *shape)
 {
     return (uint32_t)kv_align_up(KV_ENTRY_BYTES + shape->record_bytes, 8);
 }
 
-/* Offset of the first frame: the header has whole sectors to itself. */
+/* Offset of the first frame: the header has whole sectors to itself, so that
+ * no frame is ever written into one of them (W1). */
 static uint64_t kv_log_first(uint32_t align)
 {
     return kv_align_up(KV_LOG_HEADER_BYTES, align);
 }
 
-/* End of a frame with `entries` entries that starts at `pos`. */
+/* End of a frame with `entries` entries that starts at `pos`. Cannot
+ * overflow: an entry takes less than 2^17 bytes, and their number has 32
+ * bits. */
 static uint64_t kv_frame_end(const struct kv_log_head *head, uint64_t pos,
                              uint64_t entries, bool synced)
 {
@@ -6307,7 +6340,8 @@ static uint64_t kv_frame_end(const struct kv_log_head *head, uint64_t pos,
     return synced ? kv_align_up(end, head->align) : end;
 }
 
-/* The sum covers the whole block but for itself: the pad, too. */
+/* The sum covers the whole block but for itself: the pad, too. bytes: of the
+ * block, kv_log_first of its align. */
 static uint32_t kv_log_head_crc(const struct kv_env *env, uint32_t seed,
                                 const unsigned char *block, size_t bytes)
 {
@@ -6318,7 +6352,8 @@ static uint32_t kv_log_head_crc(const struct kv_env *env, uint32_t seed,
                       bytes - KV_LOG_HEADER_BYTES);
 }
 
-/* block: kv_log_first(head->align) bytes. Sets head->seed and head->crc. */
+/* block: kv_log_first(head->align) bytes. Sets head->seed and head->crc. The
+ * other fields of the head, the salt among them, must be there already. */
 static void kv_log_head_encode(const struct kv_env *env,
                                struct kv_log_head *head, unsigned char *block)
 {
@@ -6343,7 +6378,10 @@ static void kv_log_head_encode(const struct kv_env *env,
 }
 
 /* Returns the broken rule, or NULL. `bytes` are there from the start of the
- * file; id is the one in the file's name. */
+ * file; id is the one in the file's name, and enters the seed: a log under
+ * another log's name has a wrong sum. The width of the pad decides how far
+ * the sum goes, so align is checked before it is believed. After a rule,
+ * *head is not to be used. */
 static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
                                       const unsigned char *block,
                                       uint64_t bytes, struct kv_log_head *head)
@@ -6356,6 +6394,7 @@ static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
     align = kv_load_le32(block + 12);
     if (align < 8 || align > KV_LOG_ALIGN_MAX || (align & (align - 1)) != 0)
         return "log header: align out of range";
+    /* The whole block must be there: its pad is under the sum. */
     if (bytes < kv_log_first(align)) return "shorter than a log header";
 
     head->id = id;
@@ -6370,6 +6409,7 @@ static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
     if (kv_log_head_crc(env, head->seed, block, (size_t)kv_log_first(align))
         != head->crc)
         return "log header: crc";
+    /* After the sum, since these are no damage but another program's. */
     if (kv_load_le32(block + 8) != KV_LOG_VERSION)
         return "log header: version";
     if (head->slot_bytes != kv_log_slot_bytes(&env->shape))
@@ -6377,7 +6417,8 @@ static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
     return NULL;
 }
 
-/* frame: KV_FRAME_BYTES. Sets f->hcrc. */
+/* frame: KV_FRAME_BYTES. Sets f->hcrc. f->bcrc must be there: the body is
+ * summed first. */
 static void kv_frame_encode(const struct kv_env *env, uint32_t seed,
                             struct kv_frame *f, unsigned char *frame)
 {
@@ -6395,7 +6436,9 @@ static void kv_frame_encode(const struct kv_env *env, uint32_t seed,
     kv_store_le32(frame + 60, f->hcrc);
 }
 
-/* Is this the header of a frame that was written at `pos` of this log? */
+/* Is this the header of a frame that was written at `pos` of this log? The
+ * cheap tests come first, because the search for evidence asks at every
+ * multiple of 8. *f is to be used only after true. */
 static bool kv_frame_decode(const struct kv_env *env, uint32_t seed,
                             const unsigned char *frame, uint64_t pos,
                             struct kv_frame *f)
@@ -6418,7 +6461,8 @@ static bool kv_frame_decode(const struct kv_env *env, uint32_t seed,
     return kv_crc_add(&env->crc, seed, frame, KV_FRAME_BYTES - 4) == f->hcrc;
 }
 
-/* entry: slot bytes, all of which are written. value NULL: a removal. */
+/* entry: slot bytes, all of which are written. value NULL: a removal, which
+ * takes as much room as a put. */
 static void kv_entry_encode(const struct kv_shape *shape, size_t slot_bytes,
                             const void *key, const void *value,
                             unsigned char *entry)
@@ -6435,6 +6479,7 @@ static void kv_entry_encode(const struct kv_shape *shape, size_t slot_bytes,
     if (used < slot_bytes) memset(entry + used, 0, slot_bytes - used);
 }
 
+/* Also for pads of up to a whole sector, and for no bytes at all. */
 static bool kv_is_zero(const unsigned char *p, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -6442,7 +6487,9 @@ static bool kv_is_zero(const unsigned char *p, size_t n)
     return true;
 }
 
-/* Returns the broken rule, or NULL. */
+/* Returns the broken rule, or NULL. Whatever the entry does not use must be
+ * zero: each state of the records has one form on disk, and no byte of a
+ * frame is free to differ. */
 static const char *kv_entry_check(const struct kv_shape *shape,
                                   size_t slot_bytes,
                                   const unsigned char *entry)
@@ -6465,10 +6512,40 @@ static const char *kv_entry_check(const struct kv_shape *shape,
  * before `durable` are never written again; (W2): a commit is acknowledged as
  * durable only once `durable` has passed it; durable <= end <= what the file
  * holds.
+ *
+ *   0        durable         end              size
+ *   | header | frames synced | frames written | zeros written ahead |
+ *
+ * W1 is meant for sectors, not for bytes: a disk that loses power while it
+ * writes a sector may lose all of it, also the part that was there before. So
+ * a frame that is going to be synced is padded to `align`, and a sync behind
+ * frames that are not padded writes an empty frame to get there.
+ *
+ * The file is extended by zeros before it is needed, so that the sync of a
+ * frame does not have to store a new size of the file as well: 166-190 us
+ * instead of 256-315 on the machine where this was measured. Only frames that
+ * are synced pay for it and gain by it.
+ *
+ * What may go wrong, and what is left:
+ *
+ *   no space   the file is cut back to `end`; the frame's commits fail, the
+ *              log goes on
+ *   any other  the store fails for good (the caller's part, kv_store_judge):
+ *   error      what is on disk is not known
+ *   a crash    the replay takes the frame if it is whole, else drops it
+ *
+ * The one other place where a live log is touched is the background's sync
+ * ahead of a rotation, on a copy of `file`; it changes nothing in here.
  * ========================================================================== */
 
 enum { KV_LOG_EXTEND_BYTES = 1 << 20 };
 
+/*
+ * A log that is written: the live one, guarded by the commit right, or one
+ * that has been prepared (only file, size and extend_bytes and the id count
+ * then), guarded by the state lock. Owns its file. Copied as a whole when it
+ * changes hands; one of the two copies is then forgotten.
+ */
 struct kv_log {
     struct kv_file file;          /* not open: there is no live log */
     struct kv_log_head head;
@@ -6481,20 +6558,27 @@ struct kv_log {
     struct kvmeta_digest digest;  /* after the last frame */
 };
 
-/* Entries on their way into the log. Those up to `pending` are visible to
+/*
+ * Entries on their way into the log. Those up to `pending` are visible to
  * readers already (buffered commits), the others belong to the group that is
- * being committed. */
+ * being committed. A group that fails takes its own entries out again; the
+ * pending ones stay until a frame has taken them, for their callers have been
+ * told OK. The header's room in front is filled in when the frame is written,
+ * so that header and entries are one write and nothing is copied.
+ */
 struct kv_log_buffer {
     unsigned char *bytes;         /* room for a header, then entries */
     size_t cap;
     size_t used;                  /* KV_FRAME_BYTES when empty */
     uint64_t entries;             /* these have words of their own: a copy */
     uint64_t batches;             /* of two halves would wait for both */
+    /* The same three, up to the last commit that was told OK. */
     size_t pending_used;
     uint64_t pending_entries;
     uint64_t pending_batches;
 };
 
+/* Empty, but for the room of a header. The memory stays. */
 static void kv_log_buffer_clear(struct kv_log_buffer *buf)
 {
     buf->used = buf->pending_used = KV_FRAME_BYTES;
@@ -6502,7 +6586,9 @@ static void kv_log_buffer_clear(struct kv_log_buffer *buf)
     buf->batches = buf->pending_batches = 0;
 }
 
-/* Room for `bytes` more, and for the pad of a frame. */
+/* Room for `bytes` more, and for the pad of a frame, so that kv_log_write
+ * never allocates (C3). Grows by half at least. On an error the buffer is as
+ * it was. */
 static int kv_log_buffer_reserve(struct kv_env *env, struct kv_log_buffer *buf,
                                  size_t bytes, struct kvmeta_error *err)
 {
@@ -6518,7 +6604,8 @@ static int kv_log_buffer_reserve(struct kv_env *env, struct kv_log_buffer *buf,
     return KVMETA_OK;
 }
 
-/* The room must have been reserved. value NULL: a removal. */
+/* The room must have been reserved: this cannot fail. value NULL: a removal.
+ * The caller counts the batches, of which entries know nothing. */
 static void kv_log_buffer_add(const struct kv_shape *shape,
                               struct kv_log_buffer *buf, size_t slot_bytes,
                               const void *key, const void *value)
@@ -6530,7 +6617,7 @@ static void kv_log_buffer_add(const struct kv_shape *shape,
     buf->entries++;
 }
 
-/* What is in the buffer is visible to readers now. */
+/* What is in the buffer is visible to readers now: it is not dropped again. */
 static void kv_log_buffer_keep(struct kv_log_buffer *buf)
 {
     buf->pending_used = buf->used;
@@ -6547,8 +6634,11 @@ static void kv_log_buffer_drop(struct kv_log_buffer *buf)
     buf->batches = buf->pending_batches;
 }
 
-/* Writes zeros ahead, so that a sync need not also store a new file size. A
- * full disk is no error here: the frame itself will meet it. */
+/* Writes zeros ahead, so that a sync need not also store a new file size;
+ * always up to a multiple of extend_bytes beyond `need`. Zeros, not a hole:
+ * filling a hole changes the file's map of blocks, which a sync would have
+ * to store as well. A full disk is no error here: the frame itself will
+ * meet it. */
 static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
                          struct kvmeta_error *err)
 {
@@ -6569,8 +6659,10 @@ static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
 /*
  * The disk was full in the middle of a frame, whose caller hears that nothing
  * has changed: what was written of it must not be found by a recovery, not
- * even if only its pad is missing. Cutting the file off needs no space. If
- * this fails, the outcome is open.
+ * even if only its pad is missing. Cutting the file off needs no space. The
+ * sync puts the cut on disk before another frame is written at the same
+ * place: no crash leaves parts of both. If this fails, the outcome is open,
+ * and *err says so: KVMETA_E_IO, which ends the writing.
  */
 static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
                        struct kvmeta_error *err)
@@ -6587,7 +6679,8 @@ static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
 
 /* Must a frame be written before a sync: for what is in the buffer, or an
  * empty one that fills up the sector after frames that are not padded? What
- * is acknowledged is never written again. */
+ * is acknowledged is never written again (W1). Where the frames happen to end
+ * on a multiple of align, the sync alone is enough. */
 static bool kv_log_must_write(const struct kv_log *log,
                               const struct kv_log_buffer *buf)
 {
@@ -6596,9 +6689,11 @@ static bool kv_log_must_write(const struct kv_log *log,
 }
 
 /*
- * Writes what is in the buffer as one frame. digest: of all records after it.
- * ahead: extend the file beyond it. After an error the log is as before, but
- * for bytes behind its end.
+ * Writes what is in the buffer, which may be empty, as one frame. digest: of
+ * all records after it. synced: pad it, since a sync is to follow. ahead:
+ * extend the file beyond it. After OK the buffer is empty; nothing of it is
+ * durable yet. After an error log and buffer are as before, but for bytes
+ * behind the end of the log and the room of the header.
  */
 static int kv_log_write(struct kv_env *env, struct kv_log *log,
                         struct kv_log_buffer *buf, struct kvmeta_digest digest,
@@ -6617,11 +6712,14 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
     assert(buf->used == KV_FRAME_BYTES + buf->entries * log->head.slot_bytes);
     assert(bytes >= buf->used);
     assert(bytes <= buf->cap);
+    /* The buffer holds what earlier frames have left there. */
     memset(buf->bytes + buf->used, 0, bytes - buf->used);
     f.bcrc = kv_crc_add(&env->crc, log->head.seed, buf->bytes + KV_FRAME_BYTES,
                         bytes - KV_FRAME_BYTES);
     kv_frame_encode(env, log->head.seed, &f, buf->bytes);
 
+    /* From here on the outcome depends on the disk. All fields of the log
+     * move together, and only after the write. */
     if (ahead) rc = kv_log_extend(env, log, end, err);
     if (!rc)
         rc = kv_file_write(env, &log->file, buf->bytes, bytes, log->end, err);
@@ -6638,7 +6736,9 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
     return KVMETA_OK;
 }
 
-/* Makes all frames durable. An error is final. */
+/* Makes all frames durable. An error is final: the system reports it once,
+ * and what it could not write may be forgotten, so that a second sync that
+ * says OK would prove nothing. */
 static int kv_log_sync(struct kv_env *env, struct kv_log *log,
                        struct kvmeta_error *err)
 {
@@ -6655,7 +6755,11 @@ static int kv_log_sync(struct kv_env *env, struct kv_log *log,
 
 /*
  * Creates the file of a log, zero-filled up to `fill` bytes, synced, with its
- * directory entry. What is in the header is not known before the switch.
+ * directory entry. What is in the header is not known before the switch, so
+ * kv_log_begin writes it; until then no manifest may list the log. A crash
+ * leaves a file of zeros, which the next open deletes. Called with the commit
+ * right, or by the background, which makes the next log ahead of time. After
+ * an error the file is gone again, as far as that can be had.
  */
 static int kv_log_create(struct kv_env *env, uint64_t id,
                          uint64_t log_bytes_max, uint64_t fill,
@@ -6685,7 +6789,12 @@ static int kv_log_create(struct kv_env *env, uint64_t id,
     return KVMETA_OK;
 }
 
-/* Writes and syncs the header: from then on the log may be listed. */
+/* Writes and syncs the header: from then on the log may be listed. first_seq
+ * and digest: of the next commit, and of the state before it, that is the end
+ * of the log that goes before. Each log gets a salt of its own, from the
+ * system's random numbers, so that what the file's sectors held before can
+ * never pass for a frame (L1). After an error the log is the caller's to
+ * close and unlink. */
 static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
                         uint64_t first_seq, struct kvmeta_digest digest,
                         struct kvmeta_error *err)
@@ -6705,9 +6814,12 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
         rc = kv_file_write(env, &log->file, block, (size_t)first, 0, err);
     }
     kv_free(env, block);
+    /* Before the swap that lists the log: a listed log without a header is
+     * corrupt. */
     if (!rc && !KV_MUTANT(4)) rc = kv_file_sync(env, &log->file, err);
     if (rc) return rc;
 
+    /* The prepared file may be longer: its zeros are room ahead. */
     log->end = log->durable = first;
     log->size = kv_max(log->size, first);
     log->next_seq = first_seq;
