@@ -3915,16 +3915,26 @@ static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
  * ascending order of their keys, one by one; an input, that is a table or a
  * log, hands them out many at a time, to be merged.
  *
+ * What is here knows nothing of files or trees: a merge reads tables, logs
+ * and held versions by these two interfaces only.
+ *
  *   (S1) The keys of one source or input ascend strictly.
  *   (S2) What a source points at stays valid until its following `next`, and
  *        the rows of an input until its following `fill`.
  * ========================================================================== */
 
+/* How soon a job that sleeps obeys an order to stop. */
 enum { KV_PACE_SLICE_NS = 50 * 1000 * 1000 };
 
+/*
+ * On the stack of whoever does the work, and used by that thread only; `stop`
+ * is the one thing that another may change. An open uses one without stop,
+ * rate and `between`: nothing else runs yet. Inputs and writers keep a
+ * pointer to their job, which must outlive them.
+ */
 struct kv_job {
     struct kv_env *env;
-    int zstd_level;
+    int zstd_level;               /* for tables that it writes */
     _Atomic bool *stop;           /* or NULL: cannot be stopped */
     uint64_t bytes_per_s;         /* 0: as fast as it can */
     uint64_t due_ns;              /* the bytes so far are paid for then */
@@ -3932,6 +3942,8 @@ struct kv_job {
     void *between_arg;
 };
 
+/* The order changes no data and is obeyed soon, not at once: it needs no
+ * order among memory accesses. */
 static bool kv_job_stopped(const struct kv_job *job)
 {
     return job->stop && atomic_load_explicit(job->stop, memory_order_relaxed);
@@ -3953,8 +3965,11 @@ static int kv_job_sleep(const struct kv_job *job, uint64_t ns)
     return KVMETA_OK;
 }
 
-/* Called for every block that is read or written, before the next one. Idle
- * time is not saved up for a burst. */
+/* Called for every block that is read or written, before the next one: where
+ * a job can be stopped, is held back to its rate, and lets urgent work go
+ * first. Idle time is not saved up for a burst. KV_STOPPED or KVMETA_OK;
+ * errors of `between` are not this job's. No lock may be held but the job
+ * lock. */
 static int kv_job_pace(struct kv_job *job, uint64_t bytes)
 {
     const struct kvmeta_vfs *vfs = job->env->vfs;
@@ -3973,7 +3988,9 @@ static int kv_job_pace(struct kv_job *job, uint64_t bytes)
 
 _Static_assert(KV_PACE_SLICE_NS < 1000000000, "a slice fits in tv_nsec");
 
-/* next: KVMETA_OK and stands on the following record, KV_END, or an error. */
+/* next: KVMETA_OK and stands on the following record, KV_END, or an error.
+ * After anything but OK, key and value say nothing. Embedded as the first
+ * member of what implements it. */
 struct kv_source {
     int (*next)(struct kv_source *source, struct kvmeta_error *err);
     const unsigned char *key;
@@ -3983,7 +4000,8 @@ struct kv_source {
 enum { KV_INPUT_ITEMS = 1024 };   /* at most, of one fill */
 
 /* A record of an input: its key is at rows + place * unit, and the value
- * follows the key. */
+ * follows the key. Sixteen bytes, for sorting moves them and nothing else; the
+ * head decides nearly all comparisons without a look at the row. */
 struct kv_item {
     uint64_t head;                /* kv_key_head(key) */
     uint32_t place;
@@ -3991,7 +4009,9 @@ struct kv_item {
 };
 
 /* fill: KVMETA_OK and up to KV_INPUT_ITEMS items, at least one, of input 0;
- * KV_END; or an error. `rows` may be another afterwards. */
+ * KV_END, with *n as it was; or an error, after which the input can only be
+ * closed. `rows` may be another afterwards. An input does not know its number
+ * in a merge, which adds it to the marks. */
 struct kv_input {
     int (*fill)(struct kv_input *input, struct kv_item *items, size_t *n,
                 struct kvmeta_error *err);
@@ -4000,7 +4020,8 @@ struct kv_input {
 };
 
 /* Orders two keys whose heads are known, as memcmp does. The tail of 8 bytes
- * is that of two numbers in a row, the most common key of a map. */
+ * is that of two numbers in a row, the most common key of a map. Heads of
+ * keys that are shorter than 8 bytes are padded by zeros, and say all. */
 static int kv_key_compare(const struct kv_shape *shape,
                           const unsigned char *a, uint64_t head_a,
                           const unsigned char *b, uint64_t head_b)
@@ -4026,9 +4047,25 @@ static int kv_key_compare(const struct kv_shape *shape,
  * all of them, and sorts these runs into one array of items. Of equal keys
  * the newest input's record is passed on and the others are passed over.
  *
+ *   input 0 (oldest)   2  5  9 | 14 20 31       what is at hand of each: the
+ *   input 1            1  5 11 12 |             smallest of 31, 12 and 40 is
+ *   input 2 (newest)   7  9 | 18 40             12, so the round goes to |
+ *
+ *   sorted             1 2 5 5 7 9 9 11 12      and of each key the newest:
+ *   passed on          1 2 5 7 9 11 12          5 of input 1, 9 of input 2
+ *
+ * A heap of the inputs' first keys, the usual way, makes for each record a
+ * call and several branches that no processor can predict. Rounds work on
+ * arrays, and pay a few nanoseconds a record.
+ *
  * Items are ordered by their heads alone, without a branch that could be
  * mispredicted, for as long as different keys have different heads; from the
- * first pair on that has not, whole keys are compared (`exact`).
+ * first pair on that has not, whole keys are compared (`exact`). Keys of up
+ * to 8 bytes never need that.
+ *
+ * A merge belongs to one thread. Flush and compaction take its records one by
+ * one as from any source; an open, which wants them by the thousand, calls
+ * kv_merge_round and looks at the items itself. Nothing here writes.
  *
  *   (M1) Sorting is stable, and runs are merged with their neighbours only:
  *        of equal keys the oldest comes first.
@@ -4036,11 +4073,12 @@ static int kv_key_compare(const struct kv_shape *shape,
  *        is the sum of all records taken in.
  * ========================================================================== */
 
-/* What orders items. */
+/* What orders items. An item has no pointer to its key: it is found by the
+ * number of its input, so that an item takes 16 bytes, and is moved often. */
 struct kv_order {
     const struct kv_shape *shape;
     struct kv_input **inputs;     /* oldest first; the caller's */
-    bool exact;
+    bool exact;                   /* heads are not enough; never set back */
 };
 
 static const unsigned char *kv_item_key(const struct kv_order *o,
@@ -4051,7 +4089,8 @@ static const unsigned char *kv_item_key(const struct kv_order *o,
     return input->rows + (size_t)item->place * input->unit;
 }
 
-/* NULL: a tombstone. */
+/* NULL: a tombstone. Where values have no bytes the pointer of a put says
+ * only that it is one, and may stand behind the rows. */
 static const unsigned char *kv_item_value(const struct kv_order *o,
                                           const struct kv_item *item)
 {
@@ -4059,6 +4098,8 @@ static const unsigned char *kv_item_value(const struct kv_order *o,
                           : kv_item_key(o, item) + o->shape->key_bytes;
 }
 
+/* By whole keys, whatever `exact` says. 0 is possible for items of different
+ * inputs, or of one log that has not been settled. */
 static int kv_item_compare(const struct kv_order *o, const struct kv_item *a,
                            const struct kv_item *b)
 {
@@ -4067,7 +4108,8 @@ static int kv_item_compare(const struct kv_order *o, const struct kv_item *a,
                           kv_item_key(o, b), b->head);
 }
 
-/* How many of n sorted items are below the key; with `equal`, not above it. */
+/* How many of n sorted items are below the key; with `equal`, not above it.
+ * The items must be of one input, and sorted by whole keys. */
 static size_t kv_items_rank(const struct kv_order *o,
                             const struct kv_item *items, size_t n,
                             const unsigned char *key, bool equal)
@@ -4095,9 +4137,19 @@ static size_t kv_pick(size_t a, size_t b, size_t second)
     return a ^ ((a ^ b) & (0 - second));
 }
 
-/* Merges from[0..left) and from[left..n) by their heads. From both ends at a
- * time: neither step waits for the other's loads. In as many steps as the
- * shorter run is long, neither run can come to its end. */
+/*
+ * Merges from[0..left) and from[left..n) by their heads. From both ends at a
+ * time: neither step waits for the other's loads. Stable (M1): of equal heads
+ * the lower end takes that of the left run, the upper end that of the right.
+ *
+ * The inner loop does not ask whether a run is used up. It makes as many
+ * steps as the shorter run is long, so that one end alone cannot use it up
+ * before the last of them. If both ends together have, each of them looks at
+ * the item of that run which the other end took last: the lower end at one
+ * that is above all that the other run has left, the upper end at one below,
+ * by the same rule for ties. So nothing outside of the runs is read, and from
+ * now on both ends take from the other run, which has two items for each step.
+ */
 static void kv_items_merge_heads(const struct kv_item *from, size_t left,
                                  size_t n, struct kv_item *to)
 {
@@ -4123,7 +4175,10 @@ static void kv_items_merge_heads(const struct kv_item *from, size_t left,
     memcpy(to + (a_end - a), from + b, (b_end - b) * sizeof *to);
 }
 
-/* Merges items[0..left) and items[left..n); tmp has room for n. */
+/* Merges items[0..left) and items[left..n); tmp has room for n. Runs that are
+ * in order as they stand, as those of ascending numbers are, cost one
+ * comparison. That one is by whole keys also where heads decide: what is in
+ * order by keys is so by heads. */
 static void kv_items_merge(const struct kv_order *o, struct kv_item *items,
                            size_t left, size_t n, struct kv_item *tmp)
 {
@@ -4144,7 +4199,8 @@ static void kv_items_merge(const struct kv_order *o, struct kv_item *items,
     memcpy(items + (left - a), tmp + b, (n - b) * sizeof *tmp);
 }
 
-/* Bottom-up: no recursion, no worst case. tmp has room for n. */
+/* Sorts by heads, or by keys if o->exact. Bottom-up: no recursion, no worst
+ * case. tmp has room for n. Stable (M1). */
 static void kv_items_sort(const struct kv_order *o, struct kv_item *items,
                           size_t n, struct kv_item *tmp)
 {
@@ -4154,7 +4210,10 @@ static void kv_items_sort(const struct kv_order *o, struct kv_item *items,
                            (size_t)kv_min(2 * width, n - i), tmp);
 }
 
-/* Are there neighbours of one head that are not the same key? */
+/* Are there neighbours of one head that are not the same key? The items are
+ * sorted by head, so all of one head are neighbours. Says yes in vain where
+ * whole keys are in order by luck: then they are sorted once more than
+ * needed. */
 static bool kv_items_tied(const struct kv_order *o,
                           const struct kv_item *items, size_t n)
 {
@@ -4167,7 +4226,8 @@ static bool kv_items_tied(const struct kv_order *o,
 }
 
 /* Keeps the newest item of each key, and returns how many that are. Adds up
- * the others in *shadowed, if there is one. */
+ * the others in *shadowed, if there is one (M2). Where not `exact`, equal
+ * heads are equal keys: kv_items_tied has looked. */
 static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
                               size_t n, struct kvmeta_digest *shadowed)
 {
@@ -4178,6 +4238,8 @@ static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
         bool same = items[i].head == items[i + 1].head
             && (!o->exact || kv_item_compare(o, &items[i], &items[i + 1]) == 0);
 
+        /* Stored in any case, and overwritten by the next one if it is not to
+         * be kept: no branch. */
         items[kept] = items[i];
         kept += !same;
         if (shadowed && same)
@@ -4190,7 +4252,8 @@ static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
 }
 
 /* Puts right what only whole keys tell, and leaves each key once. The items
- * are sorted by head; the sort is stable, so that it keeps ages in order. */
+ * are sorted by head; the sort is stable, so that it keeps ages in order.
+ * Returns how many are left, at least one. */
 static size_t kv_items_settle(struct kv_order *o, struct kv_item *items,
                               size_t n, struct kv_item *tmp,
                               struct kvmeta_digest *shadowed)
@@ -4202,7 +4265,8 @@ static size_t kv_items_settle(struct kv_order *o, struct kv_item *items,
     return kv_items_unique(o, items, n, shadowed);
 }
 
-/* What an input has handed out and the merge has not taken yet. */
+/* What an input has handed out and the merge has not taken yet: the items
+ * at..end. `ended`: nothing of the range follows them. */
 struct kv_merge_window {
     struct kv_item *items;        /* [KV_INPUT_ITEMS] */
     size_t at;
@@ -4210,13 +4274,24 @@ struct kv_merge_window {
     bool ended;
 };
 
-/* Runs that wait to be merged: each more than twice as long as the next. */
+/*
+ * Runs that wait to be merged: each more than twice as long as the next, as
+ * in Timsort. So each item is moved a logarithmic number of times, however
+ * unlike the runs are, and only neighbours are merged, which M1 needs. Their
+ * lengths fall by halves, so that the stack is never deeper than a length has
+ * bits, and one more.
+ */
 struct kv_merge_stack {
     size_t length[64];
     size_t depth;
     size_t end;                   /* the sum of the lengths */
 };
 
+/*
+ * Windows, items and tmp are one allocation, `windows`, made at open: a round
+ * allocates nothing. Items of a round point into the rows of the inputs,
+ * which stay as they are (S2) until a window is filled again.
+ */
 struct kv_merge {
     struct kv_source base;
     struct kv_env *env;
@@ -4233,7 +4308,8 @@ struct kv_merge {
     size_t at;                    /* the item to be passed on next */
 };
 
-/* Merges the topmost runs: all, or until the rule of the stack holds. */
+/* Merges the topmost runs: all, or until the rule of the stack holds. The
+ * runs are the last s->end items of m->items, in the order of the stack. */
 static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
                               bool all)
 {
@@ -4248,7 +4324,10 @@ static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
     }
 }
 
-/* Fills the window of input i, and cuts off what is not in the range. */
+/* Fills the window of input i, and cuts off what is not in the range. The
+ * window must be empty, and nothing of the last fill be in use: the rows may
+ * be overwritten. What is below `from` may fill a window and leave nothing of
+ * it: the caller asks again. */
 static int kv_merge_fill(struct kv_merge *m, size_t i,
                          struct kv_merge_window *w, struct kvmeta_error *err)
 {
@@ -4268,7 +4347,9 @@ static int kv_merge_fill(struct kv_merge *m, size_t i,
     return KVMETA_OK;
 }
 
-/* The smallest of the last items of all windows; NULL: all have ended. */
+/* The smallest of the last items of all windows; NULL: all have ended. Every
+ * window that has not ended must have items: one that lacks them could still
+ * bring smaller ones. */
 static const struct kv_item *kv_merge_limit(const struct kv_merge *m)
 {
     const struct kv_item *limit = NULL;
@@ -4295,6 +4376,10 @@ static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
     for (size_t i = 0; i < m->n; i++) {
         struct kv_merge_window *w = &m->windows[i];
 
+        /* An input hands out one block or less at a time, and its rows are
+         * good until the next: a window is filled only once it is used up,
+         * and so only here, where no item of the round before is looked at
+         * any more. */
         while (w->at == w->end && !w->ended) {
             int rc = kv_merge_fill(m, i, w, err);
 
@@ -4303,6 +4388,7 @@ static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
     }
     limit = kv_merge_limit(m);
     if (!limit) return KV_END;
+    /* Runs go on the stack from the oldest input on (M1). */
     for (size_t i = 0; i < m->n; i++) {
         struct kv_merge_window *w = &m->windows[i];
         size_t n = kv_items_rank(&m->order, w->items + w->at, w->end - w->at,
@@ -4322,6 +4408,8 @@ static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
+/* The source of a merge. Key and value point into the rows of an input, and
+ * are good until the next call. */
 static int kv_merge_next(struct kv_source *base, struct kvmeta_error *err)
 {
     struct kv_merge *m = (struct kv_merge *)base;
@@ -4367,6 +4455,8 @@ static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
     m->windows = kv_alloc(env, bytes);
     if (!m->windows) return kv_fail_memory(err, bytes);
     m->env = env;
+    /* [room] for the round, [room] for sorting it, [room] for the windows: a
+     * round takes at most what is in all windows. */
     m->items = (struct kv_item *)(void *)(m->windows + n);
     m->tmp = m->items + room;
     for (size_t i = 0; i < n; i++) {
