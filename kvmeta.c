@@ -4478,21 +4478,36 @@ static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
  * neighbour of plane p is p + 1; values are little-endian on most hosts, so
  * there it is p - 1. The vector code and the plain one make the same bytes.
  *
+ * Keeping the bytes of a place together is what HDF5 and Blosc call a
+ * shuffle. zstd finds strings that repeat, and bytes that are frequent; of
+ * records side by side, which differ in their low bytes and nowhere else, it
+ * makes little. By column the high bytes are one long run, and differences
+ * turn what grows evenly into one, too.
+ *
+ * A carry is a guess: a plane that became smaller may have run over, or the
+ * number may have shrunk. A wrong guess costs compression and nothing else,
+ * because the decoder, which has the neighbour back by then, makes the same
+ * guess. All of this is arithmetic on bytes in memory: it cannot fail, has no
+ * state, and whoever has the planes may call it.
+ *
  *   (B1) Decoding a plane is the inverse of encoding it, whatever the bytes.
  * ========================================================================== */
 
+/* As stored in a block, two bits each: the numbers are part of the format. */
 enum kv_plane_mode {
     KV_PLANE_PLAIN = 0,
     KV_PLANE_DELTA = 1,
     KV_PLANE_CARRY = 2,
-    KV_PLANE_MODES = 3
+    KV_PLANE_MODES = 3            /* how many there are */
 };
 
 enum { KV_TILE = 16 };            /* rows and columns turned at a time */
 
 #if KV_X86
 /* Turns 16 x 16 bytes: after four rounds of interleaving row i with row i + 8
- * byte (i, j) has become byte (j, i). Unrolled, the rows are in registers. */
+ * byte (i, j) has become byte (j, i): a round turns the eight bits of a byte's
+ * row and column, read as one number, by one place. Unrolled, the rows are in
+ * registers. SSE2 is part of every x86-64. */
 static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
                               unsigned char *dst, size_t dst_stride)
 {
@@ -4530,7 +4545,8 @@ static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
 #endif
 
 /* A tile at the edge: goes through a square of its own, so that nothing
- * outside of the matrix is read or written. */
+ * outside of the matrix is read or written. rows and columns: of the matrix,
+ * both at most KV_TILE. */
 static void kv_tile_transpose_edge(const unsigned char *src, size_t src_stride,
                                    unsigned char *dst, size_t dst_stride,
                                    size_t rows, size_t columns)
@@ -4548,9 +4564,11 @@ static void kv_tile_transpose_edge(const unsigned char *src, size_t src_stride,
         memcpy(dst + j * dst_stride, out + j * KV_TILE, rows);
 }
 
-/* src: rows x columns bytes, row by row; dst: the same, column by column, each
- * `stride` bytes behind the one before. What is left over at an edge is done
- * by a tile that overlaps the one before. */
+/* src: rows x columns bytes, row by row; dst: the same, column by column,
+ * each `stride` bytes behind the one before. The two must not overlap. What
+ * is left over at an edge is done by a tile that overlaps the one before and
+ * writes the same bytes again, which is faster than a smaller one; only a
+ * matrix that is smaller than a tile goes through the square. */
 static void kv_plane_transpose(const unsigned char *src, size_t rows,
                                size_t columns, unsigned char *dst,
                                size_t stride)
@@ -4561,6 +4579,7 @@ static void kv_plane_transpose(const unsigned char *src, size_t rows,
     assert(stride >= rows);
     for (size_t i = 0; i < rows; i += KV_TILE) {
         size_t high = (size_t)kv_min(KV_TILE, rows - i);
+        /* The last tile starts early enough to be whole. */
         size_t y = whole ? (size_t)kv_min(i, rows - KV_TILE) : i;
 
         for (size_t j = 0; j < columns; j += KV_TILE) {
@@ -4585,7 +4604,9 @@ static unsigned kv_plane_carry(const unsigned char *low, size_t i)
 }
 
 #if KV_X86
-/* 16 carries at once, each 0 or 1. low: at record i >= 1. */
+/* 16 carries at once, each 0 or 1. low: at record i >= 1. SSE2 compares bytes
+ * without a sign only for equality: now >= before if the larger of the two is
+ * now, which gives -1, and one more makes the carry. */
 static __m128i kv_plane_carry16(const unsigned char *low)
 {
     __m128i now = _mm_loadu_si128((const void *)low);
@@ -4598,7 +4619,9 @@ static __m128i kv_plane_carry16(const unsigned char *low)
 #endif
 
 /* Encodes the records from..to of plane x to `out`. low: the neighbour plane,
- * not encoded, for KV_PLANE_CARRY. */
+ * not encoded, for KV_PLANE_CARRY. Record 0 is stored as it is in every mode.
+ * A part that begins later takes its first difference to the record before
+ * it, though that is not part of it: samples are made so. */
 static void kv_plane_encode(int mode, const unsigned char *x,
                             const unsigned char *low, size_t from, size_t to,
                             unsigned char *out)
@@ -4615,6 +4638,7 @@ static void kv_plane_encode(int mode, const unsigned char *x,
     }
     if (mode == KV_PLANE_DELTA) low = NULL;
     assert(from < to);
+    /* There is no record before the first. */
     if (i == 0) out[i++] = x[0];
 #if KV_X86
     for (; i + 16 <= to; i += 16) {
@@ -4631,8 +4655,11 @@ static void kv_plane_encode(int mode, const unsigned char *x,
 }
 
 #if KV_X86
-/* The inverse from record i on, 16 at a time: a running sum, by doubling
- * steps within the 16. Returns the first record that is left. */
+/* The inverse from record i >= 1 on, 16 at a time, where the record before is
+ * decoded already. Returns the first record that is left. low NULL: without
+ * carries. A running sum, by doubling steps within the 16 (Hillis and
+ * Steele): after a shift by 1, 2, 4 and 8 each byte has been added to all
+ * that follow it. */
 static size_t kv_plane_decode16(unsigned char *x, const unsigned char *low,
                                 size_t i, size_t n)
 {
@@ -4649,7 +4676,8 @@ static size_t kv_plane_decode16(unsigned char *x, const unsigned char *low,
         d = _mm_add_epi8(d, _mm_slli_si128(d, 8));
         sum = _mm_add_epi8(d, sum);
         _mm_storeu_si128((void *)(x + i), sum);
-        /* The last of the 16 goes on into the next 16. */
+        /* The last of the 16 goes on into the next 16: it is doubled to a
+         * word, that one fills the upper half, and that both halves. */
         sum = _mm_unpackhi_epi8(sum, sum);
         sum = _mm_shufflehi_epi16(sum, 0xFF);
         sum = _mm_unpackhi_epi64(sum, sum);
@@ -4658,7 +4686,8 @@ static size_t kv_plane_decode16(unsigned char *x, const unsigned char *low,
 }
 #endif
 
-/* The inverse of encoding the records 0..n, in place. low: decoded. */
+/* The inverse of encoding the records 0..n, in place. low: decoded, and of n
+ * records, too. */
 static void kv_plane_decode(int mode, unsigned char *x,
                             const unsigned char *low, size_t n)
 {
@@ -4683,6 +4712,23 @@ static void kv_plane_decode(int mode, unsigned char *x,
  * its literals, so planes of unlike bytes are better kept apart, and planes
  * of like bytes together. Both choices are by the order-0 entropy of a
  * sample, in fixed point, so that every machine makes the same file.
+ *
+ * A cut in front of a plane is made if the bits that it saves, scaled from
+ * the sample to the plane, are more than a Huffman code of its own costs:
+ *
+ *   saved = H(segment + plane) - H(segment) - H(plane)
+ *   cut if saved > symbols / 2, and saved * n / sample > KV_SCHEME_CUT_BITS
+ *
+ * H in bits for all bytes of the samples, symbols: the different bytes in the
+ * sample of the plane, n: its size. A sample of few bytes has a lower
+ * entropy than what it was taken from, by about (symbols - 1) / 2 nats (Miller
+ * and Madow), so that everything looks as if it should be apart; the first
+ * condition stands against that.
+ *
+ * None of this is needed to read: the modes are stored in the block, and the
+ * cuts are zstd's own. A choice may be poor, but not wrong, and the rules may
+ * be changed without a new format. What they must not do is to cost more time
+ * than they save: a sample has 512 bytes, whatever the plane.
  * ========================================================================== */
 
 enum {
@@ -4700,8 +4746,10 @@ struct kv_histogram {
     uint64_t bits;                /* of an order-0 code, in 1 / KV_SCHEME_BIT */
 };
 
+/* Of one block; planes count from 0, those of the key first. What is behind
+ * the last plane is not set. */
 struct kv_scheme {
-    uint8_t mode[KV_SCHEME_PLANES_MAX];
+    uint8_t mode[KV_SCHEME_PLANES_MAX]; /* enum kv_plane_mode */
     bool cut[KV_SCHEME_PLANES_MAX]; /* a zstd block starts with this plane */
 };
 
@@ -4720,8 +4768,10 @@ static unsigned kv_log2_floor(uint32_t n)
 #endif
 }
 
-/* n * log2(n) * KV_SCHEME_BIT, to about one percent. The parabola stands in for
- * log2(1 + f) - f. */
+/* n * log2(n) * KV_SCHEME_BIT, to about one percent. The parabola stands in
+ * for log2(1 + f) - f; f is the part of n behind its highest bit, in 1/1024.
+ * In integers, since the last bit of a logarithm differs between C libraries,
+ * and with it the file might. */
 static uint64_t kv_scheme_term(uint32_t n)
 {
     unsigned log = kv_log2_floor(n);
@@ -4732,7 +4782,9 @@ static uint64_t kv_scheme_term(uint32_t n)
                 + (f * (1024 - f) * 352 >> 20));
 }
 
-/* total * log2(total) - sum of count * log2(count). */
+/* Bits for all bytes of the sample by a code that knows their frequencies and
+ * nothing else: total * log2(total) - sum of count * log2(count). Never below
+ * zero, though the terms are rounded. */
 static void kv_histogram_cost(struct kv_histogram *h)
 {
     uint64_t bits = h->total ? kv_scheme_term(h->total) : 0;
@@ -4745,6 +4797,7 @@ static void kv_histogram_cost(struct kv_histogram *h)
     h->bits = bits;
 }
 
+/* The histogram of a sample, with its cost. */
 static void kv_histogram_of(struct kv_histogram *h, const unsigned char *bytes,
                             size_t n)
 {
@@ -4755,6 +4808,7 @@ static void kv_histogram_of(struct kv_histogram *h, const unsigned char *bytes,
     kv_histogram_cost(h);
 }
 
+/* The histogram of two samples put together. */
 static void kv_histogram_sum(struct kv_histogram *sum,
                              const struct kv_histogram *a,
                              const struct kv_histogram *b)
@@ -4766,7 +4820,8 @@ static void kv_histogram_sum(struct kv_histogram *sum,
 }
 
 /* The sample of a plane as it would look in `mode`: all of it, or a few runs,
- * because differences exist between neighbours only. Returns its size. */
+ * because differences exist between neighbours only. Returns its size. `low`
+ * as for kv_plane_encode, which see. */
 static size_t kv_scheme_sample(int mode, const unsigned char *plane,
                                const unsigned char *low, size_t n,
                                unsigned char sample[KV_SCHEME_SAMPLE])
@@ -4778,6 +4833,7 @@ static size_t kv_scheme_sample(int mode, const unsigned char *plane,
         return n;
     }
     for (size_t i = 0; i < KV_SCHEME_RUNS; i++) {
+        /* Spread over the plane; never record 0, which has no difference. */
         size_t from = 1 + (n - 1 - run) / (KV_SCHEME_RUNS - 1) * i;
 
         assert(from + run <= n);
@@ -4786,7 +4842,9 @@ static size_t kv_scheme_sample(int mode, const unsigned char *plane,
     return KV_SCHEME_SAMPLE;
 }
 
-/* Takes the mode that makes the plane smallest, and leaves its histogram. */
+/* Takes the mode that makes the plane smallest, and leaves its histogram. Of
+ * equals the simplest wins. An empty plane, of a block of tombstones, stays
+ * plain. low NULL: the plane has no neighbour. */
 static int kv_scheme_mode(const unsigned char *plane, const unsigned char *low,
                           size_t n, struct kv_histogram *best)
 {
@@ -4804,6 +4862,7 @@ static int kv_scheme_mode(const unsigned char *plane, const unsigned char *low,
             mode = m;
             *best = h;
         }
+        /* It cannot get any smaller: planes of zeros are common. */
         if (best->bits == 0) break;
     }
     assert(mode != KV_PLANE_CARRY || low);
@@ -4812,7 +4871,9 @@ static int kv_scheme_mode(const unsigned char *plane, const unsigned char *low,
 
 /* Is it cheaper to start a zstd block before a plane like `next` than to put
  * it to those before it? The sample stands for n bytes. A sample always looks
- * more special than the whole; the symbols in it are taken as the bias. */
+ * more special than the whole; the symbols in it are taken as the bias.
+ * `before` becomes the histogram of the segment that the plane then belongs
+ * to. */
 static bool kv_scheme_cuts(struct kv_histogram *before,
                            const struct kv_histogram *next, size_t n)
 {
@@ -4820,6 +4881,7 @@ static bool kv_scheme_cuts(struct kv_histogram *before,
     uint64_t apart = before->bits + next->bits;
     uint64_t symbols = 0;
 
+    /* An empty plane belongs anywhere. */
     if (next->total == 0) return false;
     kv_histogram_sum(&both, before, next);
     for (int i = 0; i < 256; i++) symbols += next->count[i] != 0;
@@ -4834,7 +4896,9 @@ static bool kv_scheme_cuts(struct kv_histogram *before,
 }
 
 /* The neighbour that plane p takes its carry from, or NULL. planes: the
- * planes of the keys, key_records bytes each, then those of the values. */
+ * planes of the keys, key_records bytes each, then those of the values. A
+ * key's last plane and a value's first have none; keys lend nothing to
+ * values, which may have fewer records. */
 static const unsigned char *kv_scheme_low(const struct kv_shape *shape,
                                           const unsigned char *planes, size_t p,
                                           size_t key_records,
@@ -4848,8 +4912,10 @@ static const unsigned char *kv_scheme_low(const struct kv_shape *shape,
     return planes + k * key_records + (p - k - 1) * value_records;
 }
 
-/* Chooses modes first, then cuts: a cut is between planes as they are going
- * to be stored. */
+/* Chooses the mode of each plane first, then the cut before it: a cut is
+ * between planes as they are going to be stored. planes: plain, laid out as
+ * for kv_scheme_low. The first plane gets no cut, for it has nothing before it
+ * to be kept apart from. */
 static void kv_scheme_make(struct kv_scheme *scheme,
                            const struct kv_shape *shape,
                            const unsigned char *planes, size_t key_records,
