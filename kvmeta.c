@@ -4959,6 +4959,26 @@ static void kv_scheme_make(struct kv_scheme *scheme,
  * left in one piece. n, t, and the sum come from the index. n is bounded by
  * kv_block_records_max, so that its rows, too, fit in KV_BLOCK_RAW_MAX.
  *
+ * Four keys of 4 bytes, their planes, and what is stored of them: plane 3 as
+ * differences, the others as differences less the carry.
+ *
+ *   00 00 12 FE        plane 0   00 00 00 00        00 00 00 00
+ *   00 00 12 FF        plane 1   00 00 00 00        00 00 00 00
+ *   00 00 13 00        plane 2   12 12 13 13        12 00 00 00
+ *   00 00 13 01        plane 3   FE FF 00 01        FE 01 01 01
+ *
+ * The path of a block, and who owns the bytes on the way:
+ *
+ *   write   rows as they come (keys, values) -> planes -> modes and cuts
+ *           -> raw -> zstd -> the writer's buffer; all but the last are the
+ *           encoder's, and are used again for the next block
+ *   read    stored -> raw -> differences undone in place -> rows, over the
+ *           stored bytes; both are the input's
+ *
+ * A block comes from a file and is not trusted. The decoder returns the rule
+ * that is broken, and neither reads nor writes outside of its buffers for any
+ * bytes; the encoder asserts. Both are used by one thread at a time.
+ *
  *   (B2) The sum is right before zstd sees a byte.
  *   (B3) The frame fills exactly the size that n and t call for.
  *   (B4) The keys of a block ascend strictly, and its first is the index's.
@@ -4966,6 +4986,8 @@ static void kv_scheme_make(struct kv_scheme *scheme,
 
 enum {
     KV_BLOCK_RAW_MAX = 128 * 1024,
+    /* Above what zstd makes of raw bytes that it cannot compress, cuts
+     * included; a reader refuses more before it allocates. */
     KV_BLOCK_STORED_MAX = 2 * KV_BLOCK_RAW_MAX,
     KV_BLOCK_PLANES_MIN = 64,
     KV_BLOCK_FLUSH_BYTES = 16     /* at most, of one cut in a zstd frame */
@@ -4977,29 +4999,33 @@ _Static_assert(KV_BLOCK_RAW_MAX
                    >= 1 + KVMETA_KEY_BYTES_MAX + KVMETA_VALUE_BYTES_MAX,
                "one record always fits");
 
-/* What the index says of a block. */
+/* What the index says of a block. Of an open table all of it has been checked
+ * (kv_table_check_block), but for the sum. */
 struct kv_block {
-    uint64_t off;
-    uint32_t stored_bytes;
-    uint32_t records;
-    uint32_t tombstones;
-    uint32_t crc;
+    uint64_t off;                 /* in the file */
+    uint32_t stored_bytes;        /* 1..KV_BLOCK_STORED_MAX */
+    uint32_t records;             /* 1..kv_block_records_max */
+    uint32_t tombstones;          /* of them */
+    uint32_t crc;                 /* over the stored bytes */
 };
 
 /* A decoded block. In each row the value stands behind the key; it says
- * nothing where the record is a tombstone. */
+ * nothing where the record is a tombstone. Points into the buffers that
+ * kv_block_decode was given, and owns nothing. */
 struct kv_block_view {
     const unsigned char *rows;
     const unsigned char *bits;    /* NULL: no tombstones */
     uint32_t records;
 };
 
-/* A rule on the count alone, so that no flag can contradict it. */
+/* Is the block stored by column? A rule on the count alone, so that no flag
+ * can contradict it. */
 static bool kv_block_has_planes(uint64_t records)
 {
     return records >= KV_BLOCK_PLANES_MIN;
 }
 
+/* Size of the modes at the front of a block, 0 of one without planes. */
 static uint64_t kv_block_mode_bytes(const struct kv_shape *shape,
                                     uint64_t records)
 {
@@ -5007,11 +5033,13 @@ static uint64_t kv_block_mode_bytes(const struct kv_shape *shape,
     return ((uint64_t)shape->record_bytes + 3) / 4;
 }
 
+/* Size of the tombstone bits: a block without tombstones has none. */
 static uint64_t kv_block_bit_bytes(uint64_t records, uint64_t tombstones)
 {
     return tombstones ? (records + 7) / 8 : 0;
 }
 
+/* Size of keys and values, by column or not: the last part of a block. */
 static uint64_t kv_block_row_bytes(const struct kv_shape *shape,
                                    uint64_t records, uint64_t tombstones)
 {
@@ -5031,13 +5059,19 @@ static uint64_t kv_block_raw_bytes(const struct kv_shape *shape,
          + kv_block_row_bytes(shape, records, tombstones);
 }
 
-/* The most records that fit in a block whatever their tombstones. */
+/* The most records that fit in a block whatever their tombstones. What a
+ * writer fills a block up to, and what a reader accepts at most. Each record
+ * takes its bytes and one tombstone bit. Below the count from which there are
+ * planes no modes take room: a few widths get one record more, but no more
+ * than keeps them without planes. */
 static uint32_t kv_block_records_max(const struct kv_shape *shape)
 {
     uint64_t room = KV_BLOCK_RAW_MAX - (shape->record_bytes + 3) / 4;
     uint64_t n = room * 8 / ((uint64_t)shape->record_bytes * 8 + 1);
 
-    if (!kv_block_has_planes(n))  /* no modes: room for one more, perhaps */
+    /* Modes were counted in vain: room for one more, perhaps, but never for
+     * so many that there are planes after all. */
+    if (!kv_block_has_planes(n))
         n = kv_min(KV_BLOCK_PLANES_MIN - 1,
                    KV_BLOCK_RAW_MAX * 8ull
                        / ((uint64_t)shape->record_bytes * 8 + 1));
@@ -5055,18 +5089,19 @@ static bool kv_bit_get(const unsigned char *bits, size_t i)
 /* --- Encoder --- */
 
 /* Gathers the records of one block. All arrays grow with what is in them:
- * the tables of a small store must not cost large buffers. */
+ * the tables of a small store must not cost large buffers. Everything is kept
+ * from block to block until kv_encoder_free. */
 struct kv_encoder {
-    struct kv_env *env;
-    int zstd_level;
+    struct kv_env *env;           /* NULL: zeroed, nothing to free */
+    int zstd_level;               /* -7..19, but not 0 */
     ZSTD_CCtx *zstd;              /* made for the first block */
     uint32_t records;
     uint32_t tombstones;
     uint32_t records_max;
     size_t records_cap;
     unsigned char *keys;          /* [records_cap] of each */
-    unsigned char *values;
-    unsigned char *bits;
+    unsigned char *values;        /* of puts only, without gaps */
+    unsigned char *bits;          /* 1: a tombstone */
     unsigned char *raw;           /* what zstd is given */
     unsigned char *planes;
     size_t raw_cap;
@@ -5085,6 +5120,8 @@ static void kv_zstd_free(void *env, void *p)
     kv_free(env, p);
 }
 
+/* For contexts that live as long as their owner. zstd asks from the thread
+ * that calls it, and kv_alloc may be called by any. */
 static ZSTD_customMem kv_zstd_memory(struct kv_env *env)
 {
     ZSTD_customMem memory = {kv_zstd_alloc, kv_zstd_free, env};
@@ -5092,6 +5129,7 @@ static ZSTD_customMem kv_zstd_memory(struct kv_env *env)
     return memory;
 }
 
+/* Allocates nothing. The encoder belongs to one table writer. */
 static void kv_encoder_init(struct kv_encoder *e, struct kv_env *env,
                             int zstd_level)
 {
@@ -5116,7 +5154,8 @@ static void kv_encoder_free(struct kv_encoder *e)
     memset(e, 0, sizeof *e);
 }
 
-/* One array to `bytes`; it stays what it was when there is no memory. */
+/* One array to `bytes`; it stays what it was, and where it was, when there is
+ * no memory. */
 static int kv_encoder_resize(struct kv_encoder *e, unsigned char **array,
                              size_t bytes, struct kvmeta_error *err)
 {
@@ -5127,7 +5166,9 @@ static int kv_encoder_resize(struct kv_encoder *e, unsigned char **array,
     return KVMETA_OK;
 }
 
-/* Makes room for more records: four times as many, up to a full block. */
+/* Makes room for more records: four times as many, up to a full block. Values
+ * may have no bytes: one more is asked for, so that this is not a request for
+ * nothing. On an error all that has been gathered is still there. */
 static int kv_encoder_grow(struct kv_encoder *e, struct kvmeta_error *err)
 {
     const struct kv_shape *shape = &e->env->shape;
@@ -5148,13 +5189,16 @@ static int kv_encoder_grow(struct kv_encoder *e, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
+/* Must the block be ended before the next record? */
 static bool kv_encoder_full(const struct kv_encoder *e)
 {
     return e->records == e->records_max;
 }
 
 /* Only where the block is not full. The rows are kept as they come, values of
- * puts only; they are turned to planes when the block is ended. */
+ * puts only; they are turned to planes when the block is ended. Copies key and
+ * value. The order of keys is for the caller to keep. On an error the record
+ * is not in, and those before it are. */
 static int kv_encoder_add(struct kv_encoder *e, const unsigned char *key,
                           const unsigned char *value, struct kvmeta_error *err)
 {
@@ -5168,6 +5212,8 @@ static int kv_encoder_add(struct kv_encoder *e, const unsigned char *key,
         if (rc) return rc;
     }
     memcpy(e->keys + i * shape->key_bytes, key, shape->key_bytes);
+    /* The bits are not cleared when a block is ended: each byte is, with its
+     * first record. */
     if (i % 8 == 0) e->bits[i / 8] = 0;
     if (!value) {
         e->bits[i / 8] = (unsigned char)(e->bits[i / 8] | 1u << (i % 8));
@@ -5182,7 +5228,9 @@ static int kv_encoder_add(struct kv_encoder *e, const unsigned char *key,
     return KVMETA_OK;
 }
 
-/* Lays the planes out behind the modes and bits, at `to`. */
+/* Lays the planes out behind the modes and bits, at `to`. The plain planes
+ * stay in e->planes: a plane's carry is taken from its neighbour as it was,
+ * not as it is stored. modes: zeroed, for the modes are or-ed in. */
 static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
                                   unsigned char *to)
 {
@@ -5191,6 +5239,7 @@ static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
     size_t m = n - e->tombstones;
     const unsigned char *plane = e->planes;
 
+    /* Keys have n records, values only m: a tombstone has no value. */
     kv_plane_transpose(e->keys, n, shape->key_bytes, e->planes, n);
     kv_plane_transpose(e->values, m, shape->value_bytes,
                        e->planes + n * shape->key_bytes, m);
@@ -5209,7 +5258,8 @@ static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
     assert(plane == e->planes + kv_block_row_bytes(shape, n, e->tombstones));
 }
 
-/* Writes the content of the zstd frame to e->raw. */
+/* Writes the content of the zstd frame to e->raw. On an error the records
+ * that were gathered are still there. */
 static int kv_encoder_lay_out(struct kv_encoder *e, struct kvmeta_error *err)
 {
     const struct kv_shape *shape = &e->env->shape;
@@ -5227,6 +5277,7 @@ static int kv_encoder_lay_out(struct kv_encoder *e, struct kvmeta_error *err)
     memset(e->raw, 0, mode_bytes);
     memcpy(e->raw + mode_bytes, e->bits, bit_bytes);
     rows = e->raw + mode_bytes + bit_bytes;
+    /* Too few for columns: as they came, keys first. */
     if (!kv_block_has_planes(e->records)) {
         memcpy(rows, e->keys, key_bytes);
         memcpy(rows + key_bytes, e->values, row_bytes - key_bytes);
@@ -5242,13 +5293,16 @@ static int kv_encoder_lay_out(struct kv_encoder *e, struct kvmeta_error *err)
 }
 
 /* Everything that zstd can fail with here is a lack of memory: the level is
- * in range and the output has room. */
+ * in range and the output has room. So that it is told as such, and the step
+ * is tried again later. */
 static int kv_encoder_fail_zstd(size_t result, struct kvmeta_error *err)
 {
     return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "compression: %s",
                    ZSTD_getErrorName(result));
 }
 
+/* Makes the context for the first block; later ones find it. The memory that
+ * it needs for its level comes with the first frame. */
 static int kv_encoder_open_zstd(struct kv_encoder *e, struct kvmeta_error *err)
 {
     size_t result;
@@ -5265,7 +5319,8 @@ static int kv_encoder_open_zstd(struct kv_encoder *e, struct kvmeta_error *err)
 }
 
 /* Hands zstd the bytes up to `end`; `how` ends a zstd block or the frame. The
- * output has room for everything, so nothing is left over. */
+ * output has room for everything, so nothing is left over. Returns zstd's
+ * result: an error is for kv_encoder_fail_zstd. */
 static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
                               size_t end, ZSTD_EndDirective how,
                               ZSTD_outBuffer *out)
@@ -5281,7 +5336,9 @@ static size_t kv_encoder_feed(struct kv_encoder *e, ZSTD_inBuffer *in,
     return result;
 }
 
-/* One frame, with a zstd block for each segment of the scheme. */
+/* One frame, with a zstd block for each segment of the scheme. Modes and bits
+ * go with the first segment. The size is pledged, so that the frame states it
+ * (B3). */
 static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
                                       ZSTD_outBuffer *out)
 {
@@ -5291,10 +5348,13 @@ static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
     ZSTD_inBuffer in = {e->raw, 0, 0};
     size_t result = 0;
 
-    /* Neither can fail between two frames. */
+    /* Neither can fail between two frames. The reset also ends what a frame
+     * that failed has left. */
     (void)ZSTD_CCtx_reset(e->zstd, ZSTD_reset_session_only);
     (void)ZSTD_CCtx_setPledgedSrcSize(e->zstd, raw_bytes);
     for (size_t p = 0; p < shape->record_bytes; p++) {
+        /* A cut in front of plane p ends the zstd block with what is before
+         * it. */
         if (e->scheme->cut[p])
             result = kv_encoder_feed(e, &in, end, ZSTD_e_flush, out);
         if (ZSTD_isError(result)) return result;
@@ -5305,7 +5365,8 @@ static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
     return kv_encoder_feed(e, &in, end, ZSTD_e_end, out);
 }
 
-/* The most bytes that the block can take. */
+/* The most bytes that the block can take: zstd's own bound, and what each
+ * flush may add to it. A block may be cut in front of each of its planes. */
 static size_t kv_encoder_bound(const struct kv_encoder *e)
 {
     const struct kv_shape *shape = &e->env->shape;
@@ -5318,7 +5379,9 @@ static size_t kv_encoder_bound(const struct kv_encoder *e)
 }
 
 /* Encodes the records gathered, and starts an empty block. `to` has room for
- * kv_encoder_bound. */
+ * kv_encoder_bound. After an error the records are still there, but the
+ * content of `to` is not defined. Equal records make equal bytes on every
+ * machine, as long as zstd is of one version. */
 static int kv_block_encode(struct kv_encoder *e, unsigned char *to,
                            size_t *stored_bytes, struct kvmeta_error *err)
 {
@@ -5334,6 +5397,7 @@ static int kv_block_encode(struct kv_encoder *e, unsigned char *to,
     if (rc) return rc;
     rc = kv_encoder_open_zstd(e, err);
     if (rc) return rc;
+    /* Without planes there is nothing to cut, and zstd does it in one call. */
     if (kv_block_has_planes(e->records)) {
         result = kv_encoder_compress_cut(e, raw_bytes, &out);
     } else {
@@ -5344,15 +5408,35 @@ static int kv_block_encode(struct kv_encoder *e, unsigned char *to,
     assert(ZSTD_getFrameContentSize(to, out.pos) == raw_bytes);
     assert(out.pos <= KV_BLOCK_STORED_MAX);
     *stored_bytes = out.pos;
+    /* From here on nothing can fail; the first key is still in e->keys, where
+     * the writer takes it from for the index. */
     e->records = 0;
     e->tombstones = 0;
     return KVMETA_OK;
 }
 
-/* --- Decoder --- */
+/*
+ * --- Decoder ---
+ *
+ * Bytes with the right sum may still be hostile. What keeps the code inside
+ * of its buffers, whatever they say:
+ *
+ *   records, tombstones   bounded by the index's check; raw and row buffers
+ *                         are made for the largest block of the table
+ *   the frame's size      what the counts call for, so that zstd cannot write
+ *                         more, and leaves nothing behind from another block
+ *   bits                  count exactly the tombstones: m values are placed
+ *   modes                 known ones, and a carry only where a neighbour is
+ *   keys                  any bytes will do, but they must ascend
+ *
+ * The result has rows, since a merge addresses a record by one place, and a
+ * row is what the tree is loaded from.
+ */
 
 /* The frame must be one zstd frame, nothing before or behind it, that states
- * the size we expect: zstd itself would skip frames, or take several. */
+ * the size we expect: zstd itself would skip frames, or take several. Never
+ * writes more than raw_bytes. The sum has been right (B2), so that a rule
+ * broken here is the fault of a writer, or malice. */
 static const char *kv_block_decompress(ZSTD_DCtx *zstd,
                                        const unsigned char *stored,
                                        size_t stored_bytes,
@@ -5376,7 +5460,9 @@ static bool kv_bits_pad_zero(const unsigned char *bits, size_t n)
     return n % 8 == 0 || bits[n / 8] >> (n % 8) == 0;
 }
 
-/* The count decides how many values there are, so it must be exact. */
+/* The count decides how many values there are, so it must be exact. A pad
+ * that is not zero is refused for the same reason as everywhere: one content,
+ * one form. */
 static const char *kv_block_check_bits(const unsigned char *bits, size_t n,
                                        uint32_t tombstones)
 {
@@ -5384,12 +5470,16 @@ static const char *kv_block_check_bits(const unsigned char *bits, size_t n,
 
     if (tombstones == 0) return NULL;
     for (size_t i = 0; i < n; i++) count += kv_bit_get(bits, i);
+    /* Otherwise kv_block_place_values would walk out of the rows. */
     if (count != tombstones) return "tombstones are not as many as stated";
     if (!kv_bits_pad_zero(bits, n)) return "tombstone bits have a pad";
     return NULL;
 }
 
-/* (B4). Merging, and loading the tree, rely on it. */
+/* (B4). n is above 0. Merging, and loading the tree, rely on it: an unordered
+ * block would make a tree in which keys cannot be found, and no sum of
+ * records would tell, for those do not depend on the order. Each head is
+ * computed once. */
 static const char *kv_block_check_order(const struct kv_shape *shape,
                                         const unsigned char *rows, size_t n)
 {
@@ -5408,13 +5498,16 @@ static const char *kv_block_check_order(const struct kv_shape *shape,
     return NULL;
 }
 
-/* The mode of plane p, not checked yet. */
+/* The mode of plane p, of 0..3; that it is one of the modes is for
+ * kv_block_check_modes to say. */
 static unsigned kv_block_mode(const unsigned char *modes, size_t p)
 {
     return modes[p / 4] >> (p % 4 * 2) & 3u;
 }
 
-/* A carry without a neighbour would read outside of the planes. */
+/* Before any plane is decoded: a carry without a neighbour would read outside
+ * of the planes. That are the last plane of the key and the first of the
+ * value. */
 static const char *kv_block_check_modes(const struct kv_shape *shape,
                                         const unsigned char *modes)
 {
@@ -5435,7 +5528,9 @@ static const char *kv_block_check_modes(const struct kv_shape *shape,
 }
 
 /* Undoes the differences in place: neighbours of lower significance first,
- * that is the keys' planes from the last and the values' from the first. */
+ * that is the keys' planes from the last and the values' from the first,
+ * because a carry is taken from the plane as it was before it was encoded.
+ * The modes must have been checked. */
 static void kv_block_decode_planes(const struct kv_shape *shape,
                                    const unsigned char *modes,
                                    unsigned char *planes, size_t n, size_t m)
@@ -5456,7 +5551,8 @@ static void kv_block_decode_planes(const struct kv_shape *shape,
     }
 }
 
-/* Puts n pieces that stand one after another at the distance of rows. */
+/* Puts n pieces that stand one after another at the distance of rows. For
+ * blocks without planes. */
 static void kv_block_spread(const struct kv_shape *shape,
                             const unsigned char *from, size_t n, size_t bytes,
                             unsigned char *rows)
@@ -5465,7 +5561,9 @@ static void kv_block_spread(const struct kv_shape *shape,
         memcpy(rows + i * shape->record_bytes, from + i * bytes, bytes);
 }
 
-/* The m values are in the first m rows: moves each to the row of its key. */
+/* The m values are in the first m rows: moves each to the row of its key.
+ * From the last on: a value never moves to a row in front of its own, so what
+ * it overwrites has moved already. The bits must count n - m tombstones. */
 static void kv_block_place_values(const struct kv_shape *shape,
                                   const unsigned char *bits, size_t n,
                                   size_t m, unsigned char *rows)
@@ -5481,7 +5579,10 @@ static void kv_block_place_values(const struct kv_shape *shape,
     assert(m == 0);
 }
 
-/* Makes rows of the planes or pieces in `body`. */
+/* Makes rows of the planes or pieces in `body`. A transposition with the
+ * roles of rows and columns exchanged is its own inverse; without tombstones
+ * keys and values are turned at once, since the planes of both have one
+ * length. */
 static void kv_block_make_rows(const struct kv_shape *shape,
                                const unsigned char *body,
                                const unsigned char *bits, size_t n, size_t m,
@@ -5491,6 +5592,7 @@ static void kv_block_make_rows(const struct kv_shape *shape,
     size_t v = shape->value_bytes;
     size_t stride = shape->record_bytes;
 
+    /* In every case the values of puts come to the first m rows. */
     if (!kv_block_has_planes(n)) {
         kv_block_spread(shape, body, n, k, rows);
         kv_block_spread(shape, body + n * k, m, v, rows + k);
@@ -5504,8 +5606,11 @@ static void kv_block_make_rows(const struct kv_shape *shape,
 }
 
 /* Checks and decodes a block. raw: room for its raw bytes, and at least 1;
- * rows: room for its rows; may be `stored`, which is done with before. Returns
- * the rule that is broken, or NULL. */
+ * rows: room for its rows; may be `stored`, which is done with before.
+ * Returns the rule that is broken, or NULL; after a rule the view may have
+ * been set, and says nothing. The block must be one that kv_table_check_block
+ * has let pass: buffers are made for that. That its first key is the index's
+ * is for the caller to check (B4). */
 static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
                                    uint32_t seed, const struct kv_block *block,
                                    const unsigned char *stored,
@@ -5531,6 +5636,7 @@ static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
     if (!broken) broken = kv_block_check_bits(bits, n, block->tombstones);
     if (!broken && kv_block_has_planes(n))
         broken = kv_block_check_modes(shape, raw);
+    /* Everything that follows is safe for whatever values the bytes have. */
     if (broken) return broken;
     if (kv_block_has_planes(n)) kv_block_decode_planes(shape, raw, body, n, m);
     kv_block_make_rows(shape, body, bits, n, m, rows);
