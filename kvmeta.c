@@ -5672,6 +5672,18 @@ static const char *kv_block_decode(const struct kv_env *env, ZSTD_DCtx *zstd,
  *       20    4  sum of the block      all blocks; the footer's covers the
  *       24    K  first key             index's, and the manifest has that.
  *
+ * The chain of sums is the point of it: manifest -> footer -> index -> blocks.
+ * What a table was when the manifest was written cannot change by one byte, be
+ * replaced by an older state of the file, or be another store's, without a
+ * sum that is wrong. What the manifest holds is stored in the footer a second
+ * time, so that the two are compared field by field. The record sum is over
+ * what the writer was given, not over what it wrote: it also finds what the
+ * encoder did wrong.
+ *
+ * The index is kept in memory as it is in the file, from open to close: about
+ * one entry for 128 KiB of records. Whoever has an open table may call what
+ * is here; nothing is locked, and nothing but the writer makes tables.
+ *
  *   (Y1) The manifest's size and footer sum fix every byte of a table.
  *   (Y2) Blocks follow one another from the header to the index.
  *   (Y3) First keys ascend strictly, and the last key of a block is below the
@@ -5683,7 +5695,8 @@ enum {
     KV_TABLE_HEADER_BYTES = 72,
     KV_TABLE_UUID_OFF = 24,
     /* Written bytes are synced this often: a large table synced in one go at
-     * its end would hold up the syncs of the log meanwhile. */
+     * its end would hold up the syncs of the log meanwhile. Part of no
+     * promise: the sync at the end is the one that counts. */
     KV_TABLE_SYNC_BYTES = 2 << 20,
     KV_TABLE_FOOTER_BYTES = 96,
     KV_TABLE_ENTRY_BYTES = 24     /* of the index, in front of the key */
@@ -5699,23 +5712,25 @@ _Static_assert(KV_TABLE_FOOTER_BYTES == 7 * 8 + 16 + 2 * 8 + 2 * 4,
                "table footer");
 _Static_assert(KV_TABLE_ENTRY_BYTES == 8 + 4 * 4, "index entry");
 
-/* What the manifest holds of a table. */
+/* What the manifest holds of a table. It has the outcome of the commits
+ * seq_first..seq_last; no commit is in two tables of a manifest. */
 struct kv_table_meta {
-    uint64_t id;
-    uint64_t bytes;
-    uint64_t records;             /* tombstones included */
+    uint64_t id;                  /* counted together with those of logs */
+    uint64_t bytes;               /* of the file */
+    uint64_t records;             /* tombstones included; at least 1 */
     uint64_t tombstones;
     uint32_t footer_crc;
     uint64_t seq_first;
     uint64_t seq_last;
 };
 
-/* An open table. Immutable; any number of threads may read it. */
+/* An open table. Immutable; any number of threads may read it. Owns its file
+ * and its index; moved by assignment, after which the old one is forgotten. */
 struct kv_table {
     struct kv_table_meta meta;
     struct kvmeta_digest sum;     /* over its records, tombstones included */
     struct kv_file file;
-    uint32_t seed;
+    uint32_t seed;                /* of all sums in the file */
     uint32_t index_crc;
     uint64_t index_off;
     size_t blocks;
@@ -5725,13 +5740,16 @@ struct kv_table {
     size_t raw_bytes_max;
 };
 
+/* Of the index. Entries have one width, so that entry i is found without a
+ * look at those before it. */
 static size_t kv_table_entry_bytes(const struct kv_shape *shape)
 {
     return KV_TABLE_ENTRY_BYTES + (size_t)shape->key_bytes;
 }
 
 /* Every byte of the header follows from id and salt, so decoding is encoding
- * it again and comparing. Returns the seed of the file. */
+ * it again and comparing. header: KV_TABLE_HEADER_BYTES. Returns the seed of
+ * the file. */
 static uint32_t kv_table_header_encode(const struct kv_env *env, uint64_t id,
                                        const unsigned char *salt,
                                        unsigned char *header)
@@ -5750,6 +5768,9 @@ static uint32_t kv_table_header_encode(const struct kv_env *env, uint64_t id,
     return seed;
 }
 
+/* Tells apart why a header is not the one it should be, for the message only:
+ * nothing is taken from it but the salt. The id is file->id, the one in the
+ * name. *seed is set in any case. */
 static int kv_table_header_decode(const struct kv_env *env,
                                   const struct kv_file *file,
                                   const unsigned char *header, uint32_t *seed,
@@ -5760,6 +5781,8 @@ static int kv_table_header_decode(const struct kv_env *env,
 
     *seed = kv_table_header_encode(env, file->id, header + 48, want);
     if (memcmp(header, want, sizeof want) == 0) return KVMETA_OK;
+    /* Why not? With a sum that is right it is another format's, or another
+     * store's; any other is damaged. */
     crc = kv_crc_add(&env->crc, *seed, header, 68);
     if (kv_load_le64(header) != KV_TABLE_MAGIC)
         return kv_fail_corrupt(err, file, 0, "not a table header");
@@ -5773,7 +5796,8 @@ static int kv_table_header_decode(const struct kv_env *env,
     return kv_fail_corrupt(err, file, 0, "header is of another store");
 }
 
-/* Returns the sum of the footer. */
+/* footer: KV_TABLE_FOOTER_BYTES, all of which are written. Returns the sum of
+ * the footer, which goes into the manifest. */
 static uint32_t kv_table_footer_encode(const struct kv_env *env,
                                        const struct kv_table *t,
                                        unsigned char *footer)
@@ -5802,7 +5826,11 @@ static uint32_t kv_table_footer_encode(const struct kv_env *env,
 }
 
 /* Fills in what only the footer knows; what the manifest knows too must be
- * the same. Returns the rule that is broken, or NULL. */
+ * the same. t->meta and t->seed must be there, and the file must be as long
+ * as t->meta says. Returns the rule that is broken, or NULL. That sums are
+ * right does not mean that sizes are: what the index takes is compared with
+ * the file, so that nobody allocates by a number that the file does not bear
+ * out. */
 static const char *kv_table_footer_decode(const struct kv_env *env,
                                           const unsigned char *footer,
                                           struct kv_table *t)
@@ -5812,6 +5840,7 @@ static const char *kv_table_footer_decode(const struct kv_env *env,
     uint32_t crc = kv_crc_add(&env->crc, t->seed, footer, 92);
 
     assert(t->meta.bytes >= KV_TABLE_HEADER_BYTES + KV_TABLE_FOOTER_BYTES);
+    /* Damage and another's footer are told apart in the message only. */
     if (kv_load_le32(footer + 92) != crc) return "sum of the footer is wrong";
     if (crc != t->meta.footer_crc) return "footer is not the manifest's";
     if (kv_load_le64(footer) != KV_TABLE_FOOTER_MAGIC) return "not a footer";
@@ -5826,6 +5855,7 @@ static const char *kv_table_footer_decode(const struct kv_env *env,
     if (t->index_off < KV_TABLE_HEADER_BYTES || t->index_off > end)
         return "index is out of the file";
     t->entry_bytes = kv_table_entry_bytes(&env->shape);
+    /* By division: a count that lies cannot overflow the product. */
     if ((end - t->index_off) % t->entry_bytes != 0
         || (end - t->index_off) / t->entry_bytes != blocks)
         return "index has not the stated size";
@@ -5836,6 +5866,7 @@ static const char *kv_table_footer_decode(const struct kv_env *env,
     return NULL;
 }
 
+/* entry: of kv_table_entry_bytes. key: the first of the block. */
 static void kv_table_entry_encode(const struct kv_shape *shape,
                                   const struct kv_block *block,
                                   const unsigned char *key,
@@ -5851,6 +5882,7 @@ static void kv_table_entry_encode(const struct kv_shape *shape,
     assert(block->stored_bytes > 0);
 }
 
+/* As the index has it: kv_table_check_block says whether it can be so. */
 static struct kv_block kv_table_entry_decode(const unsigned char *entry)
 {
     struct kv_block block = {
@@ -5871,8 +5903,30 @@ static struct kv_block kv_table_entry_decode(const unsigned char *entry)
  * manifest and the size of the file; blocks are checked as they are read.
  * Nothing is allocated by a count that the size of the file does not bear
  * out.
+ *
+ * Tables are never read to answer a get, but from end to end: by an open, by
+ * compaction, to verify. So there is no cache of blocks, and no way to read a
+ * single record.
+ *
+ * Each step trusts what the one before has shown, and nothing else:
+ *
+ *   manifest   size and sum of the footer, counts, commits
+ *   header     this store, this id; gives the seed of all sums
+ *   footer     the one that the manifest means; where the index is
+ *   index      all blocks, their sizes, counts and sums; its own sum is in
+ *              the footer
+ *   block      its sum first, then zstd, then the rules on what is in it
+ *   all blocks add up to the record sum of the footer (kv_table_verify, and
+ *              a writer before it hands a table out); an open and a merge see
+ *              the same by the digest and by their balance
+ *
+ * An open table belongs to db->tables, under the job lock, and is read by
+ * whoever holds that; an open reads with many threads. Every failure names
+ * the file and an offset: KVMETA_E_CORRUPT for a rule, KVMETA_E_IO for a read
+ * that fails. None of it changes the file.
  * ========================================================================== */
 
+/* Entry i of the index, as it is in the file. */
 static const unsigned char *kv_table_entry(const struct kv_table *t, size_t i)
 {
     assert(i < t->blocks);
@@ -5886,7 +5940,7 @@ static const unsigned char *kv_table_block_key(const struct kv_table *t,
     return kv_table_entry(t, i) + KV_TABLE_ENTRY_BYTES;
 }
 
-/* Accepts a zeroed one. */
+/* Closes the file and frees the index. Accepts a zeroed one. */
 static void kv_table_close(struct kv_env *env, struct kv_table *t)
 {
     kv_file_close(env, &t->file);
@@ -5894,8 +5948,10 @@ static void kv_table_close(struct kv_env *env, struct kv_table *t)
     memset(t, 0, sizeof *t);
 }
 
-/* Checks what can be said of one block without reading it. Returns the rule
- * that is broken, or NULL. */
+/* Checks what can be said of one block without reading it; off: where the
+ * block before it ends (Y2). After NULL the sizes of the block fit in buffers
+ * of a bounded size, whatever a hostile file says. Returns the rule that is
+ * broken, or NULL. */
 static const char *kv_table_check_block(const struct kv_shape *shape,
                                         const struct kv_block *b, uint64_t off)
 {
@@ -5909,7 +5965,10 @@ static const char *kv_table_check_block(const struct kv_shape *shape,
     return NULL;
 }
 
-/* Walks the index once, and takes the sizes of the largest block. */
+/* Walks the index once, and takes the sizes of the largest block. Sums of
+ * counts cannot overflow: all of the index is in memory, and each of its
+ * blocks has a bounded number of records. Returns the rule that is broken, or
+ * NULL. */
 static const char *kv_table_check_index(const struct kv_env *env,
                                         struct kv_table *t)
 {
@@ -5922,12 +5981,14 @@ static const char *kv_table_check_index(const struct kv_env *env,
         const char *broken = kv_table_check_block(shape, &b, off);
 
         if (broken) return broken;
+        /* (Y3): the binary search of kv_table_find relies on it. */
         if (i > 0 && memcmp(kv_table_block_key(t, i - 1),
                             kv_table_block_key(t, i), shape->key_bytes) >= 0)
             return "first keys do not ascend";
         off += b.stored_bytes;
         records += b.records;
         tombstones += b.tombstones;
+        /* One buffer has the stored bytes first, and the rows then. */
         t->stored_bytes_max = (size_t)kv_max(
             t->stored_bytes_max,
             kv_max(b.stored_bytes, (uint64_t)b.records * shape->record_bytes));
@@ -5935,6 +5996,7 @@ static const char *kv_table_check_index(const struct kv_env *env,
             t->raw_bytes_max,
                            kv_block_raw_bytes(shape, b.records, b.tombstones));
     }
+    /* (Y2): not a byte of the file is left that nothing covers. */
     if (off != t->index_off) return "blocks do not end at the index";
     if (records != t->meta.records) return "records are not as many as stated";
     if (tombstones != t->meta.tombstones)
@@ -5943,7 +6005,8 @@ static const char *kv_table_check_index(const struct kv_env *env,
 }
 
 /* The index is as large as the bytes of the file that it takes, which the
- * footer has been checked for. */
+ * footer has been checked for. After an error t->index is the caller's to
+ * free. */
 static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
                                struct kvmeta_error *err)
 {
@@ -5967,7 +6030,10 @@ static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
                   : KVMETA_OK;
 }
 
-/* Fills in *t from its open file and t->meta. */
+/* Fills in *t from its open file and t->meta. Nothing may be allocated in it,
+ * and the sizes of its largest block must be 0. The size of the file comes
+ * first: one of another length is damaged, whatever is in it. After an error
+ * t->index may be set, and is the caller's to free. No block is read. */
 static int kv_table_load(struct kv_env *env, struct kv_table *t,
                          struct kvmeta_error *err)
 {
@@ -5993,6 +6059,8 @@ static int kv_table_load(struct kv_env *env, struct kv_table *t,
     rc = kv_file_read(env, &t->file, footer, sizeof footer,
                       bytes - sizeof footer, err);
     if (rc) return rc;
+    /* The header gave the seed, by its salt; now the footer must be the one
+     * that the manifest has the sum of. */
     broken = kv_table_footer_decode(env, footer, t);
     if (broken)
         return kv_fail_corrupt(err, &t->file, bytes - sizeof footer, "%s",
@@ -6000,7 +6068,8 @@ static int kv_table_load(struct kv_env *env, struct kv_table *t,
     return kv_table_read_index(env, t, err);
 }
 
-/* A missing file is KVMETA_E_CORRUPT: the manifest lists it. */
+/* Opens the table that `meta` describes; *out is to be closed, and is zeroed
+ * after an error. A missing file is KVMETA_E_CORRUPT: the manifest lists it. */
 static int kv_table_open(struct kv_env *env, const struct kv_table_meta *meta,
                          struct kv_table *out, struct kvmeta_error *err)
 {
@@ -6009,6 +6078,8 @@ static int kv_table_open(struct kv_env *env, const struct kv_table_meta *meta,
 
     memset(out, 0, sizeof *out);
     rc = kv_file_open(env, KV_FILE_TABLE, meta->id, 0, &t.file, err);
+    /* Another code would tell the caller of kvmeta_open that there is no
+     * store. */
     if (rc == KVMETA_NOT_FOUND)
         rc = kv_fail_corrupt(err, &t.file, 0, "missing");
     if (rc) goto done;
@@ -6022,14 +6093,28 @@ done:
     return rc;
 }
 
-/* --- Input --- */
+/*
+ * --- Input ---
+ *
+ * Which blocks may hold keys of a range is known by their first keys:
+ *
+ *   first keys    a       f       m       t        four blocks
+ *   from = g      kv_table_find gives m: the one before it, f, may hold g
+ *   from = f      it gives f: the one before, a, is read in vain
+ *   to = m        it gives m, which ends the range: m itself is not in it
+ *
+ * A block that turns out to have nothing of the range costs its time; what is
+ * outside is cut off by kv_merge_fill.
+ */
 
-/* The blocks of a table that may hold keys of a range. Has buffers of its own;
- * the table must stay open for as long. */
+/* The blocks of a table that may hold keys of a range, and so also records
+ * outside of it, which the merge cuts off. Has buffers for one block of its
+ * own, so that several inputs may read one table; the table must stay open for
+ * as long. The rows are over the stored bytes: their address never changes. */
 struct kv_table_input {
     struct kv_input base;
-    struct kv_job *job;
-    const struct kv_table *table;
+    struct kv_job *job;           /* NULL: zeroed, nothing to close */
+    const struct kv_table *table; /* the caller's */
     unsigned char *stored;        /* then its rows; allocated with the next */
     unsigned char *raw;
     ZSTD_DCtx *zstd;
@@ -6039,7 +6124,7 @@ struct kv_table_input {
     size_t at;                    /* the next record of the view */
 };
 
-/* Accepts a zeroed one. */
+/* Accepts a zeroed one. The table stays open. */
 static void kv_table_input_close(struct kv_table_input *s)
 {
     if (!s->job) return;
@@ -6048,7 +6133,7 @@ static void kv_table_input_close(struct kv_table_input *s)
     memset(s, 0, sizeof *s);
 }
 
-/* The first block that starts at `key` or above. */
+/* The first block that starts at `key` or above; t->blocks if there is none. */
 static size_t kv_table_find(const struct kv_table *t, const unsigned char *key,
                             size_t key_bytes)
 {
@@ -6066,7 +6151,9 @@ static size_t kv_table_find(const struct kv_table *t, const unsigned char *key,
     return low;
 }
 
-/* (Y3) and (B4), between a decoded block and the index. */
+/* (Y3) and (B4), between a decoded block i and the index. With the order
+ * within each block this puts all keys of a table in order, though nobody
+ * looks at two blocks together. */
 static const char *kv_table_check_bounds(const struct kv_env *env,
                                          const struct kv_table *t, size_t i,
                                          const struct kv_block_view *view)
@@ -6083,8 +6170,10 @@ static const char *kv_table_check_bounds(const struct kv_env *env,
     return NULL;
 }
 
-/* Reads and checks the next block. After an error the input stands where it
- * was, so that another call meets the same error. */
+/* Reads and checks the next block, over the one before. Waits for the rate
+ * of the job first, and does what is urgent meanwhile. After an error,
+ * which may have been found after the block was unpacked, the input can
+ * only be closed. */
 static int kv_table_input_read(struct kv_table_input *s,
                                 struct kvmeta_error *err)
 {
@@ -6102,6 +6191,7 @@ static int kv_table_input_read(struct kv_table_input *s,
     rc = kv_file_read(env, &t->file, s->stored, block.stored_bytes, block.off,
                       err);
     if (rc) return rc;
+    /* The rows are laid over what was read: see kv_block_decode. */
     broken = kv_block_decode(env, s->zstd, t->seed, &block, s->stored, s->raw,
                              s->stored, &s->view);
     if (!broken) broken = kv_table_check_bounds(env, t, s->block, &s->view);
@@ -6111,6 +6201,9 @@ static int kv_table_input_read(struct kv_table_input *s,
     return KVMETA_OK;
 }
 
+/* The items of what is left of the block at hand, or of the next one: never
+ * of two blocks, for they share their rows. Several fills may be of one
+ * block; the rows stay as they are between them. */
 static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
                                size_t *n, struct kvmeta_error *err)
 {
@@ -6137,11 +6230,13 @@ static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
     return KVMETA_OK;
 }
 
-/* Buffers are as large as the largest block of this table, no larger. */
+/* Buffers are as large as the largest block of this table, no larger. After
+ * an error the input is to be closed. */
 static int kv_table_input_alloc(struct kv_table_input *s,
                                  struct kvmeta_error *err)
 {
     struct kv_env *env = s->job->env;
+    /* One more byte: never a request for nothing. */
     size_t raw_bytes = s->table->raw_bytes_max + 1;
     size_t bytes = s->table->stored_bytes_max + raw_bytes;
 
@@ -6155,8 +6250,10 @@ static int kv_table_input_alloc(struct kv_table_input *s,
     return kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory to decompress");
 }
 
-/* NULL: without a bound. The block before the first that starts at `from` or
- * above may hold `from`. */
+/* from, to: NULL is without a bound; the keys are looked at here only. The
+ * block before the first that starts at `from` or above may hold `from`. A
+ * range without blocks takes no memory. After an error there is nothing to
+ * close. */
 static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
                                const unsigned char *from,
                                const unsigned char *to,
@@ -6172,6 +6269,7 @@ static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
     s->table = t;
     s->block = from ? kv_table_find(t, from, key_bytes) : 0;
     if (s->block > 0) s->block--;
+    /* A block that starts at `to` or above has nothing below it. */
     s->block_end = to ? kv_table_find(t, to, key_bytes) : t->blocks;
     if (s->block >= s->block_end) return KVMETA_OK;
     rc = kv_table_input_alloc(s, err);
@@ -6179,8 +6277,14 @@ static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
     return rc;
 }
 
-/* --- Verification --- */
-
+/*
+ * --- Verification ---
+ *
+ * For kvmeta_verify, and for each table that has just been written. Takes the
+ * same way as a merge, so that what passes here can be merged.
+ */
+/* Adds the records of a block to *sum, as a writer does: tombstones have sums
+ * of their own. */
 static void kv_block_sum(const struct kv_shape *shape,
                          const struct kv_block_view *view,
                          struct kvmeta_digest *sum)
@@ -6195,8 +6299,9 @@ static void kv_block_sum(const struct kv_shape *shape,
     }
 }
 
-/* Reads all records and compares their sum with the footer's. Their number is
- * that of the index, which has been compared. */
+/* Reads all records and compares their sum with the footer's: finds records
+ * that were lost, doubled or changed before the sums of their blocks were
+ * made. Their number is that of the index, which has been compared. */
 static int kv_table_check_records(struct kv_job *job, const struct kv_table *t,
                                   struct kvmeta_error *err)
 {
@@ -6220,7 +6325,8 @@ static int kv_table_check_records(struct kv_job *job, const struct kv_table *t,
 }
 
 /* Checks every byte, as it is in the file now: what `t` has in memory is used
- * for nothing but its file and what the manifest said. */
+ * for nothing but its file and what the manifest said. The file is lent: it
+ * stays open, and stays t's. Job lock held. */
 static int kv_table_verify(struct kv_job *job, const struct kv_table *t,
                            struct kvmeta_error *err)
 {
