@@ -6345,10 +6345,40 @@ static int kv_table_verify(struct kv_job *job, const struct kv_table *t,
  * it hands it out. The file has its final name from the start; until the
  * manifest lists it, it is garbage that the next open deletes. The sync of
  * the directory is the caller's.
+ *
+ *   open -> add, add, ... -> finish        a table, open and on disk
+ *     |         |              |
+ *     +---------+--------------+--> abort  no file is left
+ *
+ * abort may follow any of them, and does nothing after a finish that went
+ * well, so that a caller has one way out. A temporary name and a rename would
+ * protect nothing: what a table is worth is up to the manifest alone.
+ *
+ * A crash before the swap leaves the file with whatever had been written, and
+ * nobody looks into it: it is deleted by its name. A crash after it finds all
+ * of the file, since it was synced, and has been read back since. What the
+ * reading back cannot show is whether the disk has the bytes, or only the
+ * cache: for that there is the sync alone.
+ *
+ * A writer belongs to one thread, that of its job. It needs memory for one
+ * block and its output, and for the index.
  * ========================================================================== */
 
 enum { KV_TABLE_OUT_BYTES = 64 * 1024 }; /* so many are written at once */
 
+/*
+ * A table on its way to disk. What the footer will state is counted as
+ * records are added, from the caller's bytes.
+ *
+ *   file   | header, blocks ...             |
+ *   out                                     | whole blocks | room |
+ *                                        out_off   + out_bytes
+ *
+ * Blocks are encoded at the end of `out`, which is written as a whole once it
+ * has KV_TABLE_OUT_BYTES or more. Index entries are gathered apart, and
+ * follow when the last block is known. The memory is the writer's; the file
+ * is its to unlink while `created` is set.
+ */
 struct kv_table_writer {
     struct kv_job *job;
     struct kv_file file;
@@ -6359,15 +6389,16 @@ struct kv_table_writer {
     struct kvmeta_digest sum;
     struct kv_encoder encoder;
     uint64_t out_off;             /* where `out` goes in the file */
-    uint64_t unsynced_bytes;
-    size_t out_bytes;
+    uint64_t unsynced_bytes;      /* written since the last sync */
+    size_t out_bytes;             /* in `out`, not yet written */
     size_t out_cap;
     unsigned char *out;
-    size_t blocks;
+    size_t blocks;                /* encoded, and in the index */
     size_t index_cap;             /* in blocks */
-    unsigned char *index;
+    unsigned char *index;         /* as it is going to be in the file */
 };
 
+/* Gives the memory back, but leaves the file and the sums. */
 static void kv_table_writer_free(struct kv_table_writer *w)
 {
     struct kv_env *env = w->job->env;
@@ -6380,7 +6411,8 @@ static void kv_table_writer_free(struct kv_table_writer *w)
 }
 
 /* Closes and unlinks. Accepts a finished writer, which has nothing left to
- * give up. */
+ * give up, and one whose open has failed. That the unlinking may fail is no
+ * matter: nothing lists the file. */
 static void kv_table_writer_abort(struct kv_table_writer *w)
 {
     assert(w->created || !w->file.open);
@@ -6391,6 +6423,7 @@ static void kv_table_writer_abort(struct kv_table_writer *w)
     w->created = false;
 }
 
+/* Makes room for `bytes` more in the output. */
 static int kv_table_writer_reserve(struct kv_table_writer *w, size_t bytes,
                                    struct kvmeta_error *err)
 {
@@ -6398,10 +6431,14 @@ static int kv_table_writer_reserve(struct kv_table_writer *w, size_t bytes,
                    w->out_bytes + bytes, 1, err);
 }
 
-/* Writes what has been gathered, and keeps to the rate. */
+/* Writes what has been gathered, and keeps to the rate. Syncs now and then,
+ * which is for the log's sake (KV_TABLE_SYNC_BYTES): what makes the table
+ * durable is the sync at its end. After an error the file can only be thrown
+ * away. */
 static int kv_table_writer_write(struct kv_table_writer *w,
                                  struct kvmeta_error *err)
 {
+    /* Before the write: a stopped job has written less. */
     int rc = kv_job_pace(w->job, w->out_bytes);
 
     if (rc) return rc;
@@ -6416,7 +6453,8 @@ static int kv_table_writer_write(struct kv_table_writer *w,
     return kv_file_sync(w->job->env, &w->file, err);
 }
 
-/* Appends bytes that exist already. */
+/* Appends bytes that exist already: header, index and footer. Blocks are
+ * encoded in place. */
 static int kv_table_writer_put(struct kv_table_writer *w,
                                const unsigned char *bytes, size_t n,
                                struct kvmeta_error *err)
@@ -6437,7 +6475,9 @@ static int kv_table_writer_put(struct kv_table_writer *w,
     return KVMETA_OK;
 }
 
-/* Ids are never used twice: a file that is there already is an error. */
+/* Ids are never used twice: a file that is there already is an error. From
+ * created on, the file is this writer's to unlink; before, it may be
+ * anybody's. */
 static int kv_table_writer_create(struct kv_table_writer *w, uint64_t id,
                                   struct kvmeta_error *err)
 {
@@ -6449,12 +6489,14 @@ static int kv_table_writer_create(struct kv_table_writer *w, uint64_t id,
     if (!rc)
         rc = kv_file_open(env, KV_FILE_TABLE, id, KVMETA_VFS_WRITE
                           | KVMETA_VFS_CREATE | KVMETA_VFS_EXCL, &w->file, err);
+    /* Nothing is left if one of the two has failed. */
     if (rc) return rc;
     w->created = true;
     w->seed = kv_table_header_encode(env, id, salt, header);
     return kv_table_writer_put(w, header, sizeof header, err);
 }
 
+/* After an error no file is left, and nothing is to be aborted. */
 static int kv_table_writer_open(struct kv_job *job, uint64_t id,
                                 struct kv_table_writer *w,
                                 struct kvmeta_error *err)
@@ -6469,7 +6511,8 @@ static int kv_table_writer_open(struct kv_job *job, uint64_t id,
     return rc;
 }
 
-/* Encodes the records gathered as a block, and enters it in the index. */
+/* Encodes the records gathered as a block, and enters it in the index. There
+ * must be at least one. */
 static int kv_table_writer_end_block(struct kv_table_writer *w,
                                      struct kvmeta_error *err)
 {
@@ -6488,6 +6531,7 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
     rc = kv_grow(env, (void **)&w->index, &w->index_cap, w->blocks + 1,
                  entry_bytes, err);
     if (rc) return rc;
+    /* Straight into the output: the room must be there before. */
     rc = kv_table_writer_reserve(w, kv_encoder_bound(e), err);
     if (rc) return rc;
     assert(w->out_cap - w->out_bytes >= kv_encoder_bound(e));
@@ -6495,6 +6539,8 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
     rc = kv_block_encode(e, to, &stored_bytes, err);
     if (rc) return rc;
     assert(stored_bytes <= KV_BLOCK_STORED_MAX);
+    /* The sum is over what lies in the output now; what the disk makes of it
+     * is compared when the table is read back. */
     block.stored_bytes = (uint32_t)stored_bytes;
     block.crc = kv_crc_add(&env->crc, w->seed, to, stored_bytes);
     kv_table_entry_encode(&env->shape, &block, e->keys,
@@ -6505,10 +6551,10 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
                                              : kv_table_writer_write(w, err);
 }
 
-/* value NULL: a tombstone. Where value_bytes is 0, any other pointer is a
- * put. A block is ended only when the next record arrives, so the last key is
- * always there to compare with. After an error the writer can only be
- * aborted. */
+/* Keys ascend strictly (S1). value NULL: a tombstone. Where value_bytes is 0,
+ * any other pointer is a put. A block is ended only when the next record
+ * arrives, so the last key is always there to compare with. After an error the
+ * writer can only be aborted. */
 static int kv_table_writer_add(struct kv_table_writer *w, const void *key,
                                const void *value, struct kvmeta_error *err)
 {
@@ -6533,7 +6579,9 @@ static int kv_table_writer_add(struct kv_table_writer *w, const void *key,
     return KVMETA_OK;
 }
 
-/* The last block, index and footer; fills in *t but for its file. */
+/* The last block, index and footer; fills in *t but for its file. Sizes and
+ * sums are computed before anything of it is written, for the footer states
+ * them. Without a sync: that is the caller's. */
 static int kv_table_writer_end(struct kv_table_writer *w, struct kv_table *t,
                                struct kvmeta_error *err)
 {
@@ -6545,6 +6593,8 @@ static int kv_table_writer_end(struct kv_table_writer *w, struct kv_table *t,
     assert(w->encoder.records > 0);      /* the last one is always there */
     rc = kv_table_writer_end_block(w, err);
     if (rc) return rc;
+    /* Where things are is known now: the index is behind what was put out so
+     * far. */
     index_bytes = w->blocks * kv_table_entry_bytes(&env->shape);
     t->meta.records = w->records;
     t->meta.tombstones = w->tombstones;
@@ -6567,8 +6617,11 @@ static int kv_table_writer_end(struct kv_table_writer *w, struct kv_table *t,
  * Completes the table, and moves it, open, to *out. What is read back must be
  * what was added: the count and the sum of the records were taken from the
  * caller's own bytes, so that an error of the encoder, of memory, or of the
- * disk does not outlive this function. After an error the writer can only be
- * aborted; *out is zeroed.
+ * disk does not outlive this function.
+ *
+ * The file is on disk then, its name is not: the caller syncs the directory
+ * before it swaps (S2). After an error the writer can only be aborted; *out
+ * is zeroed.
  */
 static int kv_table_writer_finish(struct kv_table_writer *w,
                                   uint64_t seq_first, uint64_t seq_last,
@@ -6586,11 +6639,15 @@ static int kv_table_writer_finish(struct kv_table_writer *w,
     memset(out, 0, sizeof *out);
     rc = kv_table_writer_end(w, &t, err);
     if (rc) return rc;
+    /* Reading back needs buffers of its own: those of writing go first. */
     kv_table_writer_free(w);
     if (!KV_MUTANT(12)) rc = kv_file_sync(w->job->env, &w->file, err);
     if (rc) return rc;
+    /* As an open would do it: of `t` only meta and file count, the rest is
+     * read anew. */
     rc = kv_table_load(w->job->env, &t, err);
     if (!rc) rc = kv_table_check_records(w->job, &t, err);
+    /* The file is still the writer's: abort closes and unlinks it. */
     if (rc) {
         kv_free(w->job->env, t.index);
         return rc;
