@@ -7695,8 +7695,25 @@ static int kv_inputs_open(struct kv_job *job, const struct kv_table *tables,
  * Two slots in LOCK, written in turn after each sync of the log: evidence of
  * how far the log was acknowledged and which manifest was the last. A bad or
  * missing mark is lost evidence, never an error; one of another store is.
+ *
+ * A log cannot tell how much of itself is missing: cut off behind a frame, it
+ * looks like one that was never longer. A manifest cannot tell that a newer
+ * one has been replaced by it. A mark, in another file, can tell both. It is
+ * written after the sync that it speaks of and before anybody hears of the
+ * commit, so that it never claims too much.
+ *
+ * The write of a mark is not synced with each commit, which would double the
+ * price of a sync; the background syncs LOCK a moment later, and each swap of
+ * the manifest does. So after a kill of the process the marks know of all that
+ * was acknowledged; after a power cut they may be old, or missing, or one of
+ * them torn, and then the other slot holds the one before.
+ *
+ * Writing is under the mark lock; reading happens at open only, before
+ * anything else runs.
  * ========================================================================== */
 
+/* The slots are in sectors, and pages, of their own: a torn write of one does
+ * not touch the other. */
 enum {
     KV_MARK_BYTES = 64,
     KV_MARK_STRIDE = 4096
@@ -7707,12 +7724,15 @@ enum {
 struct kv_mark {
     uint64_t counter;             /* 0: none was found */
     uint64_t gen;                 /* of the manifest */
-    uint64_t log_id;
+    uint64_t log_id;              /* 0: no log was ever live */
     uint64_t durable;             /* offset in that log */
 };
 
+/* LOCK and MANIFEST have no salt: there is one of each in a store, and each
+ * write of them holds a higher count than the one before. */
 static const unsigned char kv_no_salt[KV_SALT_BYTES];
 
+/* slot: all of it is written. */
 static void kv_mark_encode(const struct kv_env *env, const struct kv_mark *mark,
                            unsigned char slot[KV_MARK_BYTES])
 {
@@ -7730,7 +7750,9 @@ static void kv_mark_encode(const struct kv_env *env, const struct kv_mark *mark,
 }
 
 /* The uuid of the slot counts, not the environment's: *foreign says whether
- * it is another one. */
+ * it is another one. Otherwise a LOCK of another store would look like one
+ * whose marks are lost. False: no mark; *mark may have been changed. A
+ * counter of this size leaves room to count on. */
 static bool kv_mark_decode(const struct kv_env *env,
                            const unsigned char slot[KV_MARK_BYTES],
                            struct kv_mark *mark, bool *foreign)
@@ -7753,8 +7775,11 @@ static bool kv_mark_decode(const struct kv_env *env,
     return mark->counter > 0 && mark->counter < KV_NUMBER_MAX;
 }
 
-/* Reads both slots: *newest (counter 0: none), and the highest acknowledged
- * offset of log `log_id` that either gives. */
+/* Reads both slots; a mark that is not there, or not valid, is zeroed. Fails
+ * if the file cannot be read, or if a mark is of another store: so the uuid
+ * of the environment must be known, but for an open that only asks whether
+ * there are any marks. Which of the two is newer, and what they mean, is the
+ * caller's business: both are evidence. */
 static int kv_marks_read(struct kv_env *env, const struct kv_file *file,
                          struct kv_mark marks[2], struct kvmeta_error *err)
 {
@@ -7778,6 +7803,8 @@ static int kv_marks_read(struct kv_env *env, const struct kv_file *file,
     return rc;
 }
 
+/* Overwrites the older of the two slots, for counters ascend one by one. Not
+ * synced. The caller holds the mark lock. */
 static int kv_mark_write(struct kv_env *env, const struct kv_file *file,
                          const struct kv_mark *mark, struct kvmeta_error *err)
 {
