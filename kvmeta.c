@@ -7822,6 +7822,45 @@ static int kv_mark_write(struct kv_env *env, const struct kv_file *file,
  * Says what exists. One image, twice in the file; replaced as a whole by a
  * swap. Carries (S1): only a swap changes what exists; (S2): a swap returns
  * OK only when the new manifest, and everything that it names, is on disk.
+ *
+ * A swap, and what a crash leaves after each step (kv_manifest_store; the
+ * caller has synced the files that are new in it, and their names):
+ *
+ *   unlink, create MANIFEST.tmp    the old manifest, perhaps a stray file
+ *   write both copies              the same
+ *   sync MANIFEST.tmp              the same
+ *   rename it to MANIFEST          the old one or the new one, each whole
+ *   sync the directory             the new one
+ *
+ * A store has at most about a thousand tables and some logs, so that writing
+ * all of it anew is cheap, and swaps are rare. A log of changes would need a
+ * replay, rules for its own torn tail, and somebody to shorten it.
+ *
+ * Two copies, because nothing else could replace a damaged manifest: with one
+ * whole copy the open goes on, and heals the other by a swap. Copies that are
+ * both whole and differ cannot come from a crash, for a file is written whole
+ * before it has its name.
+ *
+ * Reading goes from bytes to meaning, and each step has its own answer:
+ *
+ *   kv_manifest_image_at      is there an image: magic, length, sum; if not,
+ *                             this copy is damaged
+ *   kv_manifest_decode        version, widths, counts; another format or
+ *                             other widths are no damage, and are told so
+ *   kv_manifest_check_image   one content, one form: reserved bytes are zero
+ *   kv_manifest_check         what no manifest of ours has ever said
+ *
+ * After all four it may still not fit the files; that is found as they are
+ * read. That the manifest is not an old one, put in place of a newer, only the
+ * marks can tell, by its generation.
+ *
+ * `seq` and `digest` are those of the tables alone. The first log goes on from
+ * there, each other one from the log before it, and the state of the store is
+ * that after the last (F2, P1).
+ *
+ * The manifest in memory, db->manifest, is guarded by the state lock, and is
+ * changed with the swap lock held, too: whoever has that may read it while it
+ * makes the next one from a copy.
  * ========================================================================== */
 
 enum {
@@ -7829,9 +7868,9 @@ enum {
     KV_MANIFEST_HEAD_BYTES = 96,
     KV_MANIFEST_TABLE_BYTES = 56,
     KV_MANIFEST_LOG_BYTES = 40,
-    KV_MANIFEST_END_BYTES = 8,
-    KV_MANIFEST_STRIDE = 4096,
-    KV_MANIFEST_BYTES_MAX = 1 << 20,
+    KV_MANIFEST_END_BYTES = 8,    /* zero, sum */
+    KV_MANIFEST_STRIDE = 4096,    /* a copy starts at a multiple of it */
+    KV_MANIFEST_BYTES_MAX = 1 << 20, /* of one copy; a reader takes no more */
     KV_MANIFEST_LOGS_MAX = 32,
     KV_LOG_STATE_LIVE = 1,
     KV_LOG_STATE_SEALED = 2
@@ -7846,9 +7885,11 @@ _Static_assert(KV_MANIFEST_HEAD_BYTES + KV_TABLES_MAX * KV_MANIFEST_TABLE_BYTES
                + KV_MANIFEST_END_BYTES <= KV_MANIFEST_BYTES_MAX,
                "a full manifest must be readable");
 
+/* Owns `tables`. At most the last of the logs is live. After a clean close,
+ * and before the first write, none is. */
 struct kv_manifest {
-    uint64_t gen;
-    uint64_t next_id;
+    uint64_t gen;                 /* counts swaps, from 1 */
+    uint64_t next_id;             /* above all ids that it names */
     uint64_t seq;                 /* last commit in the tables */
     struct kvmeta_digest digest;  /* of the records of all tables */
     struct kv_table_meta *tables; /* oldest first */
@@ -7857,13 +7898,16 @@ struct kv_manifest {
     size_t logs_count;
 };
 
+/* Accepts a zeroed one. */
 static void kv_manifest_free(struct kv_env *env, struct kv_manifest *m)
 {
     kv_free(env, m->tables);
     memset(m, 0, sizeof *m);
 }
 
-/* A copy with room for one more table. */
+/* A copy with room for one more table: no step adds more than one. *out needs
+ * no freeing before; after an error it is as it was. Swap lock held, for
+ * `from` must not change meanwhile. */
 static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
                             struct kv_manifest *out, struct kvmeta_error *err)
 {
@@ -7878,18 +7922,24 @@ static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
     return KVMETA_OK;
 }
 
+/* The live log, or NULL. Points into the manifest. */
 static const struct kv_log_meta *kv_manifest_live(const struct kv_manifest *m)
 {
     if (m->logs_count == 0) return NULL;
     return m->logs[m->logs_count - 1].live ? &m->logs[m->logs_count - 1] : NULL;
 }
 
+/* The counts must be those of a manifest that has been checked, or compared
+ * with the limits, so that nothing overflows. */
 static size_t kv_manifest_image_bytes(size_t tables, size_t logs)
 {
     return KV_MANIFEST_HEAD_BYTES + tables * KV_MANIFEST_TABLE_BYTES
         + logs * KV_MANIFEST_LOG_BYTES + KV_MANIFEST_END_BYTES;
 }
 
+/* The parts of an image, each with its inverse behind it. What is reserved is
+ * not written: the image is zeroed. Nothing is checked in decoding; for that
+ * there are kv_manifest_check and kv_manifest_check_image. */
 static void kv_manifest_encode_table(const struct kv_table_meta *t,
                                      unsigned char *p)
 {
@@ -7924,6 +7974,8 @@ static void kv_manifest_encode_log(const struct kv_log_meta *l,
     kv_store_le64(p + 32, l->bytes);
 }
 
+/* Any state but "live" is taken for sealed here: if it is neither, encoding
+ * it again gives another image. */
 static void kv_manifest_decode_log(const unsigned char *p,
                                    struct kv_log_meta *l)
 {
@@ -7934,7 +7986,8 @@ static void kv_manifest_decode_log(const unsigned char *p,
     l->bytes = kv_load_le64(p + 32);
 }
 
-/* image: kv_manifest_image_bytes, zeroed. */
+/* image: kv_manifest_image_bytes, zeroed. Decoding and encoding again must
+ * give the same bytes: kv_manifest_check_image relies on it. */
 static void kv_manifest_encode(const struct kv_env *env,
                                const struct kv_manifest *m,
                                unsigned char *image)
@@ -7966,7 +8019,8 @@ static void kv_manifest_encode(const struct kv_env *env,
 
 /* The length of the image at `image`, of which `room` bytes are there; 0 when
  * there is no valid one. Sums are seeded by the image's own uuid: what it
- * belongs to is known only after this. */
+ * belongs to is known only after this. The length is believed once the sum
+ * over it is right, and nothing behind `room` is read. */
 static size_t kv_manifest_image_at(const struct kv_env *env,
                                    const unsigned char *image, size_t room)
 {
@@ -7986,7 +8040,10 @@ static size_t kv_manifest_image_at(const struct kv_env *env,
     return bytes;
 }
 
-/* Fills in *m and the uuid of the environment from a valid image. */
+/* Fills in *m and the uuid of the environment from a valid image. A format
+ * that is not known and other widths are not damage, and are told apart from
+ * it. m->tables is allocated with room for one more, for the caller to free,
+ * after an error of a later check, too. */
 static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
                               const unsigned char *image, size_t bytes,
                               struct kv_manifest *m, struct kvmeta_error *err)
@@ -7997,6 +8054,7 @@ static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
     size_t tables = kv_load_le32(image + 80);
     size_t logs = kv_load_le32(image + 84);
 
+    /* The sum is right already: what differs here was meant by somebody. */
     if (kv_load_le32(image + 8) != KV_MANIFEST_VERSION)
         return kv_fail(err, KVMETA_E_VERSION, 0,
                        "MANIFEST: format %u, this code knows %u",
@@ -8009,6 +8067,7 @@ static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
                        "bytes, not %u and %u", (unsigned)key_bytes,
                        (unsigned)value_bytes, (unsigned)env->shape.key_bytes,
                        (unsigned)env->shape.value_bytes);
+    /* The counts before their product. */
     if (tables > KV_TABLES_MAX || logs > KV_MANIFEST_LOGS_MAX
         || bytes != kv_manifest_image_bytes(tables, logs))
         return kv_fail_corrupt(err, file, 80, "manifest: counts");
@@ -8031,7 +8090,20 @@ static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
     return KVMETA_OK;
 }
 
-/* Rules that any manifest of ours keeps; returns the broken one, or NULL. */
+/*
+ * Rules that any manifest of ours keeps; returns the broken one, or NULL.
+ * Asked of what was read, and asserted of what is written. What is believed
+ * of a manifest elsewhere follows from them:
+ *
+ *   S3  counts are so low that adding to them does not overflow
+ *   S4  no table has an id that is yet to be given away
+ *   S5  a table has records; one that lost all of them is not listed
+ *   S6  tables are oldest first, no commit is in two of them, and none is
+ *       newer than `seq`, where the logs begin
+ *   S7  the same as S4, of logs
+ *   S8  logs are oldest first, by the ids, which ascend with time
+ *   S9  only the newest log is live
+ */
 static const char *kv_manifest_check(const struct kv_manifest *m)
 {
     uint64_t seq = 0;
@@ -8045,6 +8117,8 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
         if (t->id >= m->next_id) return "S4: table id";
         if (t->records < 1 || t->tombstones > t->records)
             return "S5: table counts";
+        /* Gaps are allowed: a flush or a merge of which no record is left has
+         * no table. */
         if (i > 0 && t->seq_first <= seq) return "S6: table order";
         if (t->seq_last < t->seq_first) return "S6: table order";
         seq = t->seq_last;
@@ -8061,7 +8135,9 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
 }
 
 /* The image must be the one that its content encodes to: no other value
- * stands for the same thing, and what is reserved is zero. */
+ * stands for the same thing, and what is reserved is zero. One comparison
+ * instead of a rule for each reserved field and each state of a log that is
+ * none. env->uuid must be the image's. */
 static int kv_manifest_check_image(struct kv_env *env,
                                    const struct kv_file *file,
                                    const unsigned char *image, size_t bytes,
@@ -8079,7 +8155,10 @@ static int kv_manifest_check_image(struct kv_env *env,
     return kv_fail_corrupt(err, file, 0, "manifest: reserved bytes are set");
 }
 
-/* Finds the two copies in the file. *healed: one of them is damaged. */
+/* Finds the two copies in the file. *healed: one of them is damaged. The
+ * second stands behind the first, at a multiple of the stride; where, only
+ * the first could tell, which may be the damaged one: so all multiples are
+ * tried. */
 static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
                             const unsigned char *bytes, size_t size,
                             struct kv_manifest *m, bool *healed,
@@ -8099,6 +8178,9 @@ static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
     }
     if (copies == 0)
         return kv_fail_corrupt(err, file, 0, "manifest: both copies damaged");
+    /* No crash leaves two whole images that differ: somebody has put them
+     * together, or part of the file is from another time. Which one is right
+     * is not for us to guess. */
     if (copies == 2 && (length[0] != length[1]
                         || memcmp(bytes + found[0], bytes + found[1],
                                   length[0]) != 0))
@@ -8111,7 +8193,10 @@ static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
                                    err);
 }
 
-/* KVMETA_NOT_FOUND where there is no manifest. */
+/* Reads the manifest and checks all that can be said of it alone.
+ * KVMETA_NOT_FOUND where there is none. Sets env->uuid, by which everything
+ * else is then read; *healed: a swap is to be made, for one copy is damaged.
+ * Writes nothing. m must be zeroed, and is to be freed, after an error too. */
 static int kv_manifest_read(struct kv_env *env, struct kv_manifest *m,
                             bool *healed, struct kvmeta_error *err)
 {
@@ -8125,6 +8210,8 @@ static int kv_manifest_read(struct kv_env *env, struct kv_manifest *m,
     if (rc) return rc;
     rc = kv_file_size(env, &file, &size, err);
     if (rc) goto done;
+    /* A hostile file may be of any size: no more is allocated for it than for
+     * the largest one of ours. */
     if (size > 2 * (uint64_t)KV_MANIFEST_BYTES_MAX) {
         rc = kv_fail_corrupt(err, &file, size, "manifest: too large");
         goto done;
@@ -8146,6 +8233,10 @@ done:
     return rc;
 }
 
+/* Writes and syncs both copies under a name that no open reads. *file is the
+ * caller's to close, after an error too. A file that an earlier life has left
+ * there is removed, not overwritten: nothing of it may become part of the new
+ * one, nor a link in its place be followed. */
 static int kv_manifest_write_tmp(struct kv_env *env,
                                  const struct kv_manifest *m,
                                  struct kv_file *file,
@@ -8172,7 +8263,9 @@ static int kv_manifest_write_tmp(struct kv_env *env,
 /*
  * Makes `m` the manifest on disk. *renamed: whether the old one may be gone:
  * an error then leaves it open which of the two the next open finds, and the
- * caller must not write on.
+ * caller must not write on. An error before that has changed nothing, and if
+ * it was for want of space the swap may be tried again later. Swap lock held.
+ * All files that m names must be on disk, their names included (S2).
  */
 static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
                              bool *renamed, struct kvmeta_error *err)
@@ -8189,9 +8282,11 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
     rc = kv_manifest_write_tmp(env, m, &file, err);
     kv_file_close(env, &file);
     if (rc) {
+        /* It takes space; the next open would remove it, but not before. */
         (void)kv_file_unlink(env, KV_FILE_MANIFEST_TMP, 0, NULL);
         return rc;
     }
+    /* Set before the attempt: a rename that fails may have happened. */
     *renamed = true;
     rc = env->vfs->rename(env->vfs->user, env->dir, from, to);
     if (rc)
