@@ -3987,6 +3987,7 @@ static int kv_job_pace(struct kv_job *job, uint64_t bytes)
 }
 
 _Static_assert(KV_PACE_SLICE_NS < 1000000000, "a slice fits in tv_nsec");
+_Static_assert(KV_PACE_SLICE_NS > 0, "sleeping comes to an end");
 
 /* next: KVMETA_OK and stands on the following record, KV_END, or an error.
  * After anything but OK, key and value say nothing. Embedded as the first
@@ -4007,6 +4008,8 @@ struct kv_item {
     uint32_t place;
     uint32_t mark;                /* 2 * number of the input, + 1: tombstone */
 };
+
+_Static_assert(sizeof(struct kv_item) == 16, "an item has no padding");
 
 /* fill: KVMETA_OK and up to KV_INPUT_ITEMS items, at least one, of input 0;
  * KV_END, with *n as it was; or an error, after which the input can only be
@@ -4158,6 +4161,8 @@ static void kv_items_merge_heads(const struct kv_item *from, size_t left,
     struct kv_item *to_end = to + n;
     size_t steps;
 
+    assert(left > 0);
+    assert(left < n);
     while ((steps = (size_t)kv_min(a_end - a, b_end - b)) > 0) {
         for (; steps > 0; steps--) {
             size_t low = from[b].head < from[a].head;
@@ -4171,6 +4176,8 @@ static void kv_items_merge_heads(const struct kv_item *from, size_t left,
             b_end -= high;
         }
     }
+    assert(a == a_end || b == b_end);
+    assert((size_t)(to_end - to) == (a_end - a) + (b_end - b));
     memcpy(to, from + a, (a_end - a) * sizeof *to);
     memcpy(to + (a_end - a), from + b, (b_end - b) * sizeof *to);
 }
@@ -4195,6 +4202,7 @@ static void kv_items_merge(const struct kv_order *o, struct kv_item *items,
     while (a < left && b < n)
         *items++ = kv_item_compare(o, &tmp[b], &tmp[a]) < 0 ? tmp[b++]
                                                             : tmp[a++];
+    assert(a == left || b == n);
     memcpy(items, tmp + a, (left - a) * sizeof *tmp);
     memcpy(items + (left - a), tmp + b, (n - b) * sizeof *tmp);
 }
@@ -4218,6 +4226,7 @@ static bool kv_items_tied(const struct kv_order *o,
                           const struct kv_item *items, size_t n)
 {
     for (size_t i = 1; i < n; i++) {
+        assert(items[i - 1].head <= items[i].head);
         if (items[i].head == items[i - 1].head
             && kv_item_compare(o, &items[i], &items[i - 1]) != 0)
             return true;
@@ -4248,6 +4257,7 @@ static size_t kv_items_unique(const struct kv_order *o, struct kv_item *items,
                                            kv_item_value(o, &items[i])));
     }
     items[kept++] = items[n - 1];
+    assert(kept <= n);
     return kept;
 }
 
@@ -4258,6 +4268,7 @@ static size_t kv_items_settle(struct kv_order *o, struct kv_item *items,
                               size_t n, struct kv_item *tmp,
                               struct kvmeta_digest *shadowed)
 {
+    assert(n > 0);
     if (!o->exact && o->shape->tail_bytes && kv_items_tied(o, items, n)) {
         o->exact = true;
         kv_items_sort(o, items, n, tmp);
@@ -4308,6 +4319,9 @@ struct kv_merge {
     size_t at;                    /* the item to be passed on next */
 };
 
+_Static_assert(sizeof(struct kv_merge_window) % _Alignof(struct kv_item) == 0,
+               "items may stand behind windows");
+
 /* Merges the topmost runs: all, or until the rule of the stack holds. The
  * runs are the last s->end items of m->items, in the order of the stack. */
 static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
@@ -4317,6 +4331,8 @@ static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
         size_t left = s->length[s->depth - 2];
         size_t right = s->length[s->depth - 1];
 
+        assert(left > 0 && right > 0);
+        assert(s->end >= left + right);
         if (!all && left > 2 * right) return;
         kv_items_merge(&m->order, m->items + s->end - right - left, left,
                        left + right, m->tmp);
@@ -4335,6 +4351,8 @@ static int kv_merge_fill(struct kv_merge *m, size_t i,
     size_t n = 0;
     int rc = input->fill(input, w->items, &n, err);
 
+    assert(w->at == w->end);
+    assert(!w->ended);
     if (rc && rc != KV_END) return rc;
     assert((rc == KV_END) == (n == 0));
     assert(n <= KV_INPUT_ITEMS);
@@ -4343,6 +4361,7 @@ static int kv_merge_fill(struct kv_merge *m, size_t i,
                     : 0;
     w->end = m->to ? kv_items_rank(&m->order, w->items, n, m->to, false) : n;
     assert(w->at <= w->end);
+    assert(w->end <= n);
     w->ended = n == 0 || w->end < n;
     return KVMETA_OK;
 }
@@ -4357,6 +4376,7 @@ static const struct kv_item *kv_merge_limit(const struct kv_merge *m)
     for (size_t i = 0; i < m->n; i++) {
         const struct kv_merge_window *w = &m->windows[i];
 
+        assert(w->at < w->end || w->ended);
         if (w->at < w->end
             && (!limit
                 || kv_item_compare(&m->order, &w->items[w->end - 1],
@@ -4395,15 +4415,22 @@ static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
                                  kv_item_key(&m->order, limit), true);
 
         if (n == 0) continue;
+        assert(stack.end + n <= m->n * KV_INPUT_ITEMS);
+        assert(stack.depth < sizeof stack.length / sizeof *stack.length);
         memcpy(m->items + stack.end, w->items + w->at, n * sizeof *w->items);
         w->at += n;
         stack.end += n;
         stack.length[stack.depth++] = n;
         kv_merge_collapse(m, &stack, false);
     }
+    assert(stack.end > 0);        /* the limit's own window has given it */
     kv_merge_collapse(m, &stack, true);
+    assert(stack.depth == 1);
+    assert(stack.length[0] == stack.end);
     m->count = kv_items_settle(&m->order, m->items, stack.end, m->tmp,
                                m->balance ? &m->shadowed : NULL);
+    assert(m->count > 0);
+    assert(m->count <= stack.end);
     m->at = 0;
     return KVMETA_OK;
 }
@@ -4419,6 +4446,7 @@ static int kv_merge_next(struct kv_source *base, struct kvmeta_error *err)
 
         if (rc) return rc;
     }
+    assert(m->at < m->count);
     base->key = kv_item_key(&m->order, &m->items[m->at]);
     base->value = kv_item_value(&m->order, &m->items[m->at]);
     m->at++;
@@ -4444,6 +4472,7 @@ static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
     size_t bytes = n * sizeof *m->windows + 3 * room * sizeof *m->items;
 
     assert(n < UINT32_MAX / KV_INPUT_ITEMS / 64);
+    assert(!from || !to || memcmp(from, to, env->shape.key_bytes) <= 0);
     assert(!m->windows && m->count == 0);
     m->base.next = kv_merge_next;
     m->order.shape = &env->shape;
