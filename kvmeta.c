@@ -5984,6 +5984,7 @@ static void kv_table_close(struct kv_env *env, struct kv_table *t)
 static const char *kv_table_check_block(const struct kv_shape *shape,
                                         const struct kv_block *b, uint64_t off)
 {
+    assert(off >= KV_TABLE_HEADER_BYTES);
     if (b->off != off) return "block is not behind the one before";
     if (b->stored_bytes == 0) return "block is empty";
     if (b->stored_bytes > KV_BLOCK_STORED_MAX) return "block is too large";
@@ -6005,6 +6006,8 @@ static const char *kv_table_check_index(const struct kv_env *env,
     uint64_t off = KV_TABLE_HEADER_BYTES;
     uint64_t records = 0, tombstones = 0;
 
+    assert(t->entry_bytes == kv_table_entry_bytes(shape));
+    assert(t->index_off >= KV_TABLE_HEADER_BYTES);
     for (size_t i = 0; i < t->blocks; i++) {
         struct kv_block b = kv_table_entry_decode(kv_table_entry(t, i));
         const char *broken = kv_table_check_block(shape, &b, off);
@@ -6030,6 +6033,8 @@ static const char *kv_table_check_index(const struct kv_env *env,
     if (records != t->meta.records) return "records are not as many as stated";
     if (tombstones != t->meta.tombstones)
         return "tombstones are not as many as stated";
+    assert(t->stored_bytes_max <= KV_BLOCK_STORED_MAX);
+    assert(t->raw_bytes_max <= KV_BLOCK_RAW_MAX);
     return NULL;
 }
 
@@ -6043,6 +6048,8 @@ static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
     const char *broken;
     int rc;
 
+    assert(!t->index);
+    assert(t->index_off <= t->meta.bytes - KV_TABLE_FOOTER_BYTES);
     if (bytes > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
     assert(bytes == t->blocks * t->entry_bytes);
     t->index = kv_alloc(env, (size_t)kv_max(bytes, 1));
@@ -6073,7 +6080,10 @@ static int kv_table_load(struct kv_env *env, struct kv_table *t,
     int rc;
 
     assert(t->file.open);
+    assert(t->file.id == t->meta.id);
     assert(!t->index);
+    assert(t->stored_bytes_max == 0);
+    assert(t->raw_bytes_max == 0);
     rc = kv_file_size(env, &t->file, &bytes, err);
     if (rc) return rc;
     if (bytes != t->meta.bytes)
@@ -6169,6 +6179,7 @@ static size_t kv_table_find(const struct kv_table *t, const unsigned char *key,
     size_t low = 0;
     size_t high = t->blocks;
 
+    assert(t->entry_bytes == KV_TABLE_ENTRY_BYTES + key_bytes);
     while (low < high) {
         size_t middle = low + (high - low) / 2;
 
@@ -6191,6 +6202,7 @@ static const char *kv_table_check_bounds(const struct kv_env *env,
     const unsigned char *last = view->rows
         + (view->records - 1) * (size_t)env->shape.record_bytes;
 
+    assert(view->records > 0);
     if (memcmp(view->rows, kv_table_block_key(t, i), k) != 0)
         return "first key is not the index's";
     if (i + 1 < t->blocks && memcmp(last, kv_table_block_key(t, i + 1),
@@ -6215,6 +6227,7 @@ static int kv_table_input_read(struct kv_table_input *s,
     assert(s->zstd);
     assert(s->block < s->block_end);
     assert(block.stored_bytes <= t->stored_bytes_max);
+    assert(block.off + block.stored_bytes <= t->index_off);
     rc = kv_job_pace(s->job, block.stored_bytes);
     if (rc) return rc;
     rc = kv_file_read(env, &t->file, s->stored, block.stored_bytes, block.off,
@@ -6225,6 +6238,8 @@ static int kv_table_input_read(struct kv_table_input *s,
                              s->stored, &s->view);
     if (!broken) broken = kv_table_check_bounds(env, t, s->block, &s->view);
     if (broken) return kv_fail_corrupt(err, &t->file, block.off, "%s", broken);
+    assert(s->view.rows == s->base.rows);
+    assert(s->view.records == block.records);
     s->block++;
     s->at = 0;
     return KVMETA_OK;
@@ -6240,6 +6255,7 @@ static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
     const struct kv_shape *shape = &s->job->env->shape;
     const unsigned char *row;
 
+    assert(s->at <= s->view.records);
     if (s->at == s->view.records) {
         int rc;
 
@@ -6248,6 +6264,7 @@ static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
         if (rc) return rc;
     }
     *n = (size_t)kv_min(KV_INPUT_ITEMS, s->view.records - s->at);
+    assert(*n > 0);
     row = s->view.rows + s->at * shape->record_bytes;
     for (size_t i = 0; i < *n; i++) {
         items[i].head = kv_key_head(shape, row);
@@ -6269,6 +6286,8 @@ static int kv_table_input_alloc(struct kv_table_input *s,
     size_t raw_bytes = s->table->raw_bytes_max + 1;
     size_t bytes = s->table->stored_bytes_max + raw_bytes;
 
+    assert(!s->stored);
+    assert(s->table->stored_bytes_max > 0);
     s->stored = kv_alloc(env, bytes);
     if (!s->stored) return kv_fail_memory(err, bytes);
     s->raw = s->stored + s->table->stored_bytes_max;
@@ -6300,6 +6319,7 @@ static int kv_table_input_open(struct kv_job *job, const struct kv_table *t,
     if (s->block > 0) s->block--;
     /* A block that starts at `to` or above has nothing below it. */
     s->block_end = to ? kv_table_find(t, to, key_bytes) : t->blocks;
+    assert(s->block_end <= t->blocks);
     if (s->block >= s->block_end) return KVMETA_OK;
     rc = kv_table_input_alloc(s, err);
     if (rc) kv_table_input_close(s);
@@ -6470,6 +6490,7 @@ static int kv_table_writer_write(struct kv_table_writer *w,
     /* Before the write: a stopped job has written less. */
     int rc = kv_job_pace(w->job, w->out_bytes);
 
+    assert(w->out_bytes <= w->out_cap);
     if (rc) return rc;
     rc = kv_file_write(w->job->env, &w->file, w->out, w->out_bytes, w->out_off,
                        err);
@@ -6488,6 +6509,7 @@ static int kv_table_writer_put(struct kv_table_writer *w,
                                const unsigned char *bytes, size_t n,
                                struct kvmeta_error *err)
 {
+    assert(w->out_bytes < KV_TABLE_OUT_BYTES);
     while (n > 0) {
         size_t part = (size_t)kv_min(n, KV_TABLE_OUT_BYTES);
         int rc = kv_table_writer_reserve(w, part, err);
@@ -6557,6 +6579,8 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
     size_t stored_bytes = 0;
     int rc;
 
+    assert(e->records > 0);
+    assert(w->out_bytes < KV_TABLE_OUT_BYTES);
     rc = kv_grow(env, (void **)&w->index, &w->index_cap, w->blocks + 1,
                  entry_bytes, err);
     if (rc) return rc;
@@ -6572,6 +6596,7 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
      * is compared when the table is read back. */
     block.stored_bytes = (uint32_t)stored_bytes;
     block.crc = kv_crc_add(&env->crc, w->seed, to, stored_bytes);
+    assert(w->blocks < w->index_cap);
     kv_table_entry_encode(&env->shape, &block, e->keys,
                           w->index + w->blocks * entry_bytes);
     w->blocks++;
@@ -6665,6 +6690,8 @@ static int kv_table_writer_finish(struct kv_table_writer *w,
     int rc;
 
     assert(w->created);
+    assert(seq_first <= seq_last);
+    assert(w->tombstones <= w->records);
     memset(out, 0, sizeof *out);
     rc = kv_table_writer_end(w, &t, err);
     if (rc) return rc;
