@@ -6763,6 +6763,17 @@ enum {
 
 #define KV_LOG_MAGIC 0x0031474F4C4D564Bu /* "KVMLOG1" */
 
+_Static_assert(KV_LOG_HEADER_BYTES == 8 + 2 * 4 + KV_UUID_BYTES + 8
+                                          + KV_SALT_BYTES + 4 * 4 + 8 + 16 + 28
+                                          + 4,
+               "log header");
+_Static_assert(KV_FRAME_BYTES == 2 * 4 + 3 * 8 + 16 + 4 * 4, "frame header");
+_Static_assert(KV_LOG_HEADER_BYTES % 8 == 0 && KV_FRAME_BYTES % 8 == 0
+                   && KV_ENTRY_BYTES % 8 == 0,
+               "keys start at multiples of 8");
+_Static_assert((KV_LOG_ALIGN_MAX & (KV_LOG_ALIGN_MAX - 1)) == 0,
+               "the largest align is one");
+
 /*
  * What is fixed for a log when it is made. align and slot_bytes are stored
  * though the options and the widths give them: a store may be opened with
@@ -6805,6 +6816,8 @@ static uint32_t kv_log_slot_bytes(const struct kv_shape *shape)
  * no frame is ever written into one of them (W1). */
 static uint64_t kv_log_first(uint32_t align)
 {
+    assert(align >= 8);
+    assert(align <= KV_LOG_ALIGN_MAX);
     return kv_align_up(KV_LOG_HEADER_BYTES, align);
 }
 
@@ -6816,6 +6829,7 @@ static uint64_t kv_frame_end(const struct kv_log_head *head, uint64_t pos,
 {
     uint64_t end = pos + KV_FRAME_BYTES + entries * head->slot_bytes;
 
+    assert(entries <= UINT32_MAX);
     assert(pos % 8 == 0);
     assert(head->slot_bytes % 8 == 0);
     return synced ? kv_align_up(end, head->align) : end;
@@ -6840,6 +6854,7 @@ static void kv_log_head_encode(const struct kv_env *env,
 {
     size_t bytes = (size_t)kv_log_first(head->align);
 
+    assert(head->slot_bytes == kv_log_slot_bytes(&env->shape));
     memset(block, 0, bytes);
     kv_store_le64(block, KV_LOG_MAGIC);
     kv_store_le32(block + 8, KV_LOG_VERSION);
@@ -6903,6 +6918,9 @@ static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
 static void kv_frame_encode(const struct kv_env *env, uint32_t seed,
                             struct kv_frame *f, unsigned char *frame)
 {
+    assert(f->pos % 8 == 0);
+    assert(f->durable <= f->pos);
+    assert(f->batches <= f->entries);
     kv_store_le32(frame, f->synced ? KV_FRAME_SYNCED : KV_FRAME_PLAIN);
     kv_store_le32(frame + 4, f->entries);
     kv_store_le64(frame + 8, f->pos);
@@ -6951,6 +6969,7 @@ static void kv_entry_encode(const struct kv_shape *shape, size_t slot_bytes,
     size_t used = KV_ENTRY_BYTES + shape->key_bytes;
 
     assert(slot_bytes >= KV_ENTRY_BYTES + shape->record_bytes);
+    assert(slot_bytes % 8 == 0);
     kv_store_le64(entry, value ? KV_ENTRY_PUT : KV_ENTRY_REMOVE);
     kv_copy(entry + KV_ENTRY_BYTES, key, shape->key_bytes);
     if (value) {
@@ -6978,6 +6997,7 @@ static const char *kv_entry_check(const struct kv_shape *shape,
     size_t used = KV_ENTRY_BYTES + shape->key_bytes;
     uint64_t op = kv_load_le64(entry);
 
+    assert(slot_bytes >= KV_ENTRY_BYTES + shape->record_bytes);
     if (op != KV_ENTRY_PUT && op != KV_ENTRY_REMOVE) return "unknown operation";
     if (op == KV_ENTRY_PUT) used += shape->value_bytes;
     if (!kv_is_zero(entry + used, slot_bytes - used)) return "pad not zero";
@@ -7076,6 +7096,8 @@ static int kv_log_buffer_reserve(struct kv_env *env, struct kv_log_buffer *buf,
     size_t need = buf->used + bytes + KV_LOG_ALIGN_MAX;
     void *p;
 
+    assert(buf->used >= KV_FRAME_BYTES);
+    assert(need > bytes);
     if (KV_LIKELY(need <= buf->cap)) return KVMETA_OK;
     need = (size_t)kv_max(need, buf->cap + buf->cap / 2);
     p = kv_resize(env, buf->bytes, need);
@@ -7101,6 +7123,8 @@ static void kv_log_buffer_add(const struct kv_shape *shape,
 /* What is in the buffer is visible to readers now: it is not dropped again. */
 static void kv_log_buffer_keep(struct kv_log_buffer *buf)
 {
+    assert(buf->used >= buf->pending_used);
+    assert(buf->batches <= buf->entries);
     buf->pending_used = buf->used;
     buf->pending_entries = buf->entries;
     buf->pending_batches = buf->batches;
@@ -7110,6 +7134,8 @@ static void kv_log_buffer_keep(struct kv_log_buffer *buf)
 static void kv_log_buffer_drop(struct kv_log_buffer *buf)
 {
     assert(buf->pending_used <= buf->used);
+    assert(buf->pending_entries <= buf->entries);
+    assert(buf->pending_batches <= buf->batches);
     buf->used = buf->pending_used;
     buf->entries = buf->pending_entries;
     buf->batches = buf->pending_batches;
@@ -7126,6 +7152,8 @@ static int kv_log_extend(struct kv_env *env, struct kv_log *log, uint64_t need,
     static const unsigned char zeros[65536];
     int rc = KVMETA_OK;
 
+    assert(log->extend_bytes > 0);
+    assert(log->end <= log->size);
     if (need <= log->size) return KVMETA_OK;
     need += log->extend_bytes - need % log->extend_bytes;
     while (log->size < need && !rc) {
@@ -7151,6 +7179,7 @@ static int kv_log_wipe(struct kv_env *env, struct kv_log *log,
     struct kvmeta_error own = {0};
     int rc = kv_file_truncate(env, &log->file, log->end, &own);
 
+    assert(log->durable <= log->end);
     if (!rc) log->size = log->end;
     if (!rc) rc = kv_file_sync(env, &log->file, &own);
     if (!rc) return KVMETA_OK;
@@ -7194,6 +7223,8 @@ static int kv_log_write(struct kv_env *env, struct kv_log *log,
     assert(bytes >= buf->used);
     assert(bytes <= buf->cap);
     /* The buffer holds what earlier frames have left there. */
+    assert(log->durable <= log->end);
+    assert(!synced || end % log->head.align == 0);
     memset(buf->bytes + buf->used, 0, bytes - buf->used);
     f.bcrc = kv_crc_add(&env->crc, log->head.seed, buf->bytes + KV_FRAME_BYTES,
                         bytes - KV_FRAME_BYTES);
@@ -7225,6 +7256,7 @@ static int kv_log_sync(struct kv_env *env, struct kv_log *log,
 {
     int rc;
 
+    assert(log->file.open);
     assert(log->durable <= log->end);
     if (KV_MUTANT(1)) rc = KVMETA_OK;
     else rc = kv_file_sync(env, &log->file, err);
@@ -7284,6 +7316,8 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
     unsigned char *block = kv_alloc(env, (size_t)first);
     int rc;
 
+    assert(log->file.open);
+    assert(log->end == 0);
     if (!block) return kv_fail_memory(err, (size_t)first);
     log->head.align = align;
     log->head.slot_bytes = kv_log_slot_bytes(&env->shape);
