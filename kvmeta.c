@@ -7417,6 +7417,9 @@ struct kv_log_meta {
     uint64_t bytes;               /* of a sealed one */
 };
 
+_Static_assert(KV_ENTRY_BYTES == 8, "a key is a word behind its place");
+_Static_assert(KV_FRAME_BYTES % 8 == 0, "a place is a multiple of 8");
+
 /* The number of the last commit in the log. Of a log without a frame it is
  * that of the last commit before it. */
 static uint64_t kv_run_last_seq(const struct kv_run *run)
@@ -7443,6 +7446,8 @@ static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
 {
     uint64_t end;
 
+    assert(pos % 8 == 0);
+    assert(pos <= run->size);
     *reason = KVMETA_TORN_HEADER;
     if (run->size - pos < KV_FRAME_BYTES) return false;
     if (!kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, f)
@@ -7472,6 +7477,11 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
     uint64_t body_end = at + (uint64_t)f->entries * run->head.slot_bytes;
     uint64_t seq = run->head.first_seq + run->batches;
 
+    assert(f->pos >= run->end);
+    assert(f->prev == run->last_hcrc);
+    assert(body_end <= end);
+    assert(end <= run->size);
+    assert(body_end / 8 <= UINT32_MAX);
     if (f->seq != seq)
         return kv_fail_corrupt(err, file, f->pos, "frame: seq %llu, want %llu",
                                (unsigned long long)f->seq,
@@ -7500,6 +7510,7 @@ static int kv_run_accept(struct kv_env *env, struct kv_run *run,
         item->place = (uint32_t)(at / 8);
         item->mark = entry[0] != KV_ENTRY_PUT;
     }
+    assert(at == body_end);
     run->end = end;
     run->last_hcrc = f->hcrc;
     run->frames++;
@@ -7520,6 +7531,7 @@ static uint64_t kv_log_evidence(const struct kv_env *env,
     uint64_t highest = 0;
     struct kv_frame f;
 
+    assert(run->bytes);
     if (KV_MUTANT(16)) return 0;
     for (uint64_t pos = kv_log_first(run->head.align);
          pos + KV_FRAME_BYTES <= run->size; pos += 8) {
@@ -7543,6 +7555,9 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
     uint64_t used = run->size;
 
     /* Marks and frames may each be the only ones left that know. */
+    assert(run->end <= run->size);
+    assert(run->torn_reason >= 0);
+    assert((size_t)run->torn_reason < sizeof wrong / sizeof *wrong);
     acked = kv_max(acked, kv_log_evidence(env, run));
     if (acked > run->end)
         return kv_fail_corrupt(err, file, run->end,
@@ -7550,6 +7565,7 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
                                wrong[run->torn_reason],
                                (unsigned long long)acked);
     while (used > run->end && run->bytes[used - 1] == 0) used--;
+    assert(used >= run->end);
     run->torn_bytes = used - run->end;
     if (run->torn_bytes == 0) run->torn_reason = KVMETA_TORN_NONE;
     return KVMETA_OK;
@@ -7564,6 +7580,7 @@ static int kv_run_read_file(struct kv_env *env, const struct kv_file *file,
 {
     int rc = kv_file_size(env, file, &run->size, err);
 
+    assert(!run->bytes);
     if (rc) return rc;
     if (run->size > (uint64_t)UINT32_MAX * 8)
         return kv_fail_corrupt(err, file, 0, "too large for a log");
@@ -7585,6 +7602,8 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
     struct kv_frame f;
     int rc;
 
+    assert(run->bytes);
+    assert(!run->items);
     rule = kv_log_head_decode(env, meta->id, run->bytes, run->size,
                               &run->head);
     if (rule) return kv_fail_corrupt(err, file, 0, "%s", rule);
@@ -7612,6 +7631,9 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
         rc = kv_run_accept(env, run, file, &f, err);
         if (rc) return rc;
     }
+    assert(run->end <= run->size);
+    assert(run->count <= run->cap);
+    assert(run->batches <= run->count);
     if (meta->live) return kv_run_check_tail(env, run, file, acked, err);
     /* The chain must reach the end of the file, and its last frame must be
      * the one that the log was sealed with. */
@@ -7639,6 +7661,7 @@ static int kv_run_input_fill(struct kv_input *base, struct kv_item *items,
     struct kv_run_input *s = (struct kv_run_input *)(void *)base;
 
     (void)err;
+    assert(s->next <= s->run->count);
     if (s->next == s->run->count) return KV_END;
     *n = (size_t)kv_min(KV_INPUT_ITEMS, s->run->count - s->next);
     memcpy(items, s->run->items + s->next, *n * sizeof *items);
@@ -7678,6 +7701,7 @@ static int kv_run_sort(struct kv_env *env, struct kv_run *run,
     kv_run_input_init(run, &all);
     kv_items_sort(&order, run->items, run->count, tmp);
     run->count = kv_items_settle(&order, run->items, run->count, tmp, NULL);
+    assert(run->count > 0);
     kv_free_pages(env, tmp, bytes);
     return KVMETA_OK;
 }
@@ -7734,6 +7758,12 @@ struct kv_inputs {
     struct kv_input **inputs;     /* next */
 };
 
+_Static_assert(sizeof(struct kv_table_input) % _Alignof(struct kv_run_input)
+                   == 0,
+               "runs may stand behind tables");
+_Static_assert(sizeof(struct kv_run_input) % _Alignof(struct kv_input *) == 0,
+               "inputs may stand behind runs");
+
 /* Accepts a zeroed one. */
 static void kv_inputs_close(struct kv_env *env, struct kv_inputs *in)
 {
@@ -7759,6 +7789,8 @@ static int kv_inputs_open(struct kv_job *job, const struct kv_table *tables,
         + runs_count * sizeof *in->runs + n * sizeof *in->inputs;
     int rc = KVMETA_OK;
 
+    assert(tables_count == 0 || tables);
+    assert(runs_count == 0 || runs);
     memset(in, 0, sizeof *in);
     /* Zeroed, so that inputs that were not opened can be closed. */
     in->tables = kv_alloc_zeroed(job->env, bytes + 1);
