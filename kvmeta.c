@@ -7843,6 +7843,10 @@ enum {
 
 #define KV_MARK_MAGIC 0x314B52414D4D564Bu /* "KVMMARK1" */
 
+_Static_assert(KV_MARK_BYTES == 8 + KV_UUID_BYTES + 4 * 8 + 2 * 4, "mark");
+_Static_assert(KV_MARK_STRIDE % KV_PAGE_BYTES == 0,
+               "marks share no sector and no page");
+
 struct kv_mark {
     uint64_t counter;             /* 0: none was found */
     uint64_t gen;                 /* of the manifest */
@@ -7909,6 +7913,8 @@ static int kv_marks_read(struct kv_env *env, const struct kv_file *file,
     uint64_t bytes;
     int rc = kv_file_size(env, file, &bytes, err);
 
+    assert(file->open);
+    assert(file->kind == KV_FILE_LOCK);
     memset(marks, 0, 2 * sizeof *marks);
     for (unsigned i = 0; i < 2 && !rc; i++) {
         uint64_t off = (uint64_t)i * KV_MARK_STRIDE;
@@ -7933,6 +7939,7 @@ static int kv_mark_write(struct kv_env *env, const struct kv_file *file,
     unsigned char slot[KV_MARK_BYTES];
 
     assert(mark->counter > 0);
+    assert(file->kind == KV_FILE_LOCK);
     kv_mark_encode(env, mark, slot);
     return kv_file_write(env, file, slot, sizeof slot,
                          mark->counter % 2 * KV_MARK_STRIDE, err);
@@ -8000,6 +8007,15 @@ enum {
 
 #define KV_MANIFEST_MAGIC 0x00314E414D4D564Bu /* "KVMMAN1" */
 
+_Static_assert(KV_MANIFEST_HEAD_BYTES == 8 + 2 * 4 + KV_UUID_BYTES + 3 * 8 + 16
+                                             + 4 * 4 + 8,
+               "manifest head");
+_Static_assert(KV_MANIFEST_TABLE_BYTES == 6 * 8 + 2 * 4, "manifest table");
+_Static_assert(KV_MANIFEST_LOG_BYTES == 8 + KV_SALT_BYTES + 2 * 4 + 8,
+               "manifest log");
+_Static_assert(KV_MANIFEST_END_BYTES == 4 + 4, "manifest end");
+_Static_assert(KV_MANIFEST_BYTES_MAX % KV_MANIFEST_STRIDE == 0,
+               "two copies of the largest image fit in twice its size");
 _Static_assert(KV_LOGS_WAITING_MAX + 2 <= KV_MANIFEST_LOGS_MAX,
                "the backlog, the live log and its successor must fit");
 _Static_assert(KV_MANIFEST_HEAD_BYTES + KV_TABLES_MAX * KV_MANIFEST_TABLE_BYTES
@@ -8036,6 +8052,8 @@ static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
     size_t bytes = (from->tables_count + 1) * sizeof *from->tables;
     struct kv_table_meta *tables = kv_alloc(env, bytes);
 
+    assert(from->tables_count == 0 || from->tables);
+    assert(from->logs_count <= KV_MANIFEST_LOGS_MAX);
     if (!tables) return kv_fail_memory(err, bytes);
     *out = *from;
     out->tables = tables;
@@ -8118,6 +8136,8 @@ static void kv_manifest_encode(const struct kv_env *env,
     uint32_t seed = kv_crc_file_seed(env, KV_FILE_MANIFEST, 0, kv_no_salt);
     unsigned char *p = image + KV_MANIFEST_HEAD_BYTES;
 
+    assert(m->logs_count <= KV_MANIFEST_LOGS_MAX);
+    assert(bytes <= UINT32_MAX);
     kv_store_le64(image, KV_MANIFEST_MAGIC);
     kv_store_le32(image + 8, KV_MANIFEST_VERSION);
     kv_store_le32(image + 12, (uint32_t)bytes);
@@ -8177,6 +8197,7 @@ static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
     size_t logs = kv_load_le32(image + 84);
 
     /* The sum is right already: what differs here was meant by somebody. */
+    assert(bytes >= kv_manifest_image_bytes(0, 0));
     if (kv_load_le32(image + 8) != KV_MANIFEST_VERSION)
         return kv_fail(err, KVMETA_E_VERSION, 0,
                        "MANIFEST: format %u, this code knows %u",
@@ -8209,6 +8230,7 @@ static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
         kv_manifest_decode_table(p, &m->tables[i]);
     for (size_t i = 0; i < logs; i++, p += KV_MANIFEST_LOG_BYTES)
         kv_manifest_decode_log(p, &m->logs[i]);
+    assert(p + KV_MANIFEST_END_BYTES == image + bytes);
     return KVMETA_OK;
 }
 
@@ -8269,6 +8291,7 @@ static int kv_manifest_check_image(struct kv_env *env,
     unsigned char *again = kv_alloc_zeroed(env, bytes);
     bool same;
 
+    assert(bytes == kv_manifest_image_bytes(m->tables_count, m->logs_count));
     if (!again) return kv_fail_memory(err, bytes);
     kv_manifest_encode(env, m, again);
     same = memcmp(image, again, bytes) == 0;
@@ -8308,6 +8331,8 @@ static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
                                   length[0]) != 0))
         return kv_fail_corrupt(err, file, found[1],
                                "manifest: the two copies differ");
+    assert(found[0] + length[0] <= size);
+    assert(copies == 1 || found[0] < found[1]);
     *healed = copies == 1;
     rc = kv_manifest_decode(env, file, bytes + found[0], length[0], m, err);
     if (rc) return rc;
@@ -8369,6 +8394,8 @@ static int kv_manifest_write_tmp(struct kv_env *env,
     unsigned char *image = kv_alloc_zeroed(env, second + bytes);
     int rc;
 
+    assert(!file->open);
+    assert(second >= bytes);
     if (!image) return kv_fail_memory(err, second + bytes);
     kv_manifest_encode(env, m, image);
     if (!KV_MUTANT(17)) memcpy(image + second, image, bytes);
