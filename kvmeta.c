@@ -4064,7 +4064,9 @@ static int kv_key_compare(const struct kv_shape *shape,
  * Items are ordered by their heads alone, without a branch that could be
  * mispredicted, for as long as different keys have different heads; from the
  * first pair on that has not, whole keys are compared (`exact`). Keys of up
- * to 8 bytes never need that.
+ * to 8 bytes never need that. Longer ones do as soon as two of them have the
+ * same first 8 bytes: the round in which they meet is sorted a second time,
+ * and all rounds after it compare whole keys from the start.
  *
  * A merge belongs to one thread. Flush and compaction take its records one by
  * one as from any source; an open, which wants them by the thousand, calls
@@ -4133,7 +4135,8 @@ static size_t kv_items_rank(const struct kv_order *o,
 }
 
 /* a, or b if `second` is 1: compilers make a branch of ?:, and which one it
- * is going to be cannot be predicted here. */
+ * is going to be cannot be predicted here. 0 - second is a mask of zeros or
+ * of ones. */
 static size_t kv_pick(size_t a, size_t b, size_t second)
 {
     assert(second <= 1);
@@ -4299,15 +4302,22 @@ struct kv_merge_stack {
 };
 
 /*
- * Windows, items and tmp are one allocation, `windows`, made at open: a round
- * allocates nothing. Items of a round point into the rows of the inputs,
- * which stay as they are (S2) until a window is filled again.
+ * Windows, items and tmp are one allocation, `windows`, made at open: 48 KiB
+ * for each input, and a round allocates nothing. Items of a round point into
+ * the rows of the inputs, which stay as they are (S2) until a window is filled
+ * again.
+ *
+ * A round leaves items[0..count) and sets `at` to 0. Whoever takes the items
+ * by kv_merge_next moves `at`; whoever calls kv_merge_round takes all of them.
+ * Nobody does both.
  */
 struct kv_merge {
     struct kv_source base;
     struct kv_env *env;
     struct kv_order order;
     size_t n;                     /* inputs */
+    /* The range, from <= key < to. Windows are cut to it when they are filled,
+     * so that nothing behind them knows of it. */
     const unsigned char *from;    /* the caller's; NULL: no bound */
     const unsigned char *to;
     bool balance;                 /* set after open: keep `shadowed` */
@@ -4323,7 +4333,9 @@ _Static_assert(sizeof(struct kv_merge_window) % _Alignof(struct kv_item) == 0,
                "items may stand behind windows");
 
 /* Merges the topmost runs: all, or until the rule of the stack holds. The
- * runs are the last s->end items of m->items, in the order of the stack. */
+ * runs are the last s->end items of m->items, in the order of the stack, so
+ * that the two to be merged are neighbours, and the older is the left one
+ * (M1). */
 static void kv_merge_collapse(struct kv_merge *m, struct kv_merge_stack *s,
                               bool all)
 {
@@ -4362,6 +4374,7 @@ static int kv_merge_fill(struct kv_merge *m, size_t i,
     w->end = m->to ? kv_items_rank(&m->order, w->items, n, m->to, false) : n;
     assert(w->at <= w->end);
     assert(w->end <= n);
+    /* Cut at the end: what follows is not below `to` either (S1). */
     w->ended = n == 0 || w->end < n;
     return KVMETA_OK;
 }
@@ -4387,7 +4400,8 @@ static const struct kv_item *kv_merge_limit(const struct kv_merge *m)
 }
 
 /* Takes in the following records: KV_END, or at least one item. Items stay
- * valid until the next round. */
+ * valid until the next round. After an error the merge can only be closed:
+ * windows that were filled before it are lost for the records in them. */
 static int kv_merge_round(struct kv_merge *m, struct kvmeta_error *err)
 {
     struct kv_merge_stack stack = {.depth = 0};
@@ -4519,6 +4533,10 @@ static int kv_merge_open(struct kv_env *env, struct kv_input **inputs,
  * guess. All of this is arithmetic on bytes in memory: it cannot fail, has no
  * state, and whoever has the planes may call it.
  *
+ * With vectors 16 records go at a time, and those that are left one by one, by
+ * the code that does all of it elsewhere. Files go from machines of one kind
+ * to machines of the other, hence the same bytes.
+ *
  *   (B1) Decoding a plane is the inverse of encoding it, whatever the bytes.
  * ========================================================================== */
 
@@ -4563,6 +4581,7 @@ static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
         _mm_storeu_si128((void *)(dst + i * dst_stride), a[i]);
 }
 #else
+/* Turns 16 x 16 bytes. What the code above must do, too. */
 static void kv_tile_transpose(const unsigned char *src, size_t src_stride,
                               unsigned char *dst, size_t dst_stride)
 {
@@ -4725,6 +4744,8 @@ static void kv_plane_decode(int mode, unsigned char *x,
     assert(mode < KV_PLANE_MODES);
     assert(mode != KV_PLANE_CARRY || low);
     if (mode == KV_PLANE_PLAIN || n < 2) return;
+    /* A neighbour that the mode does not use: without it both modes are the
+     * same. */
     if (mode == KV_PLANE_DELTA) low = NULL;
 #if KV_X86
     i = kv_plane_decode16(x, low, i, n);
