@@ -5034,13 +5034,20 @@ static void kv_scheme_make(struct kv_scheme *scheme,
  *   (B4) The keys of a block ascend strictly, and its first is the index's.
  * ========================================================================== */
 
+/*
+ * The sizes are part of the format, as far as a reader refuses what is above
+ * them, and KV_BLOCK_PLANES_MIN is, because it decides how a block is laid
+ * out. 128 KiB is also the most that one zstd block holds (RFC 8878).
+ */
 enum {
     KV_BLOCK_RAW_MAX = 128 * 1024,
     /* Above what zstd makes of raw bytes that it cannot compress, cuts
      * included; a reader refuses more before it allocates. */
     KV_BLOCK_STORED_MAX = 2 * KV_BLOCK_RAW_MAX,
     KV_BLOCK_PLANES_MIN = 64,
-    KV_BLOCK_FLUSH_BYTES = 16     /* at most, of one cut in a zstd frame */
+    /* At most, of one cut in a zstd frame: a zstd block more, whose header has
+     * 3 bytes, and the rest is margin. */
+    KV_BLOCK_FLUSH_BYTES = 16
 };
 
 _Static_assert(KV_SCHEME_PLANES_MAX >= KV_BLOCK_RAW_MAX / KV_BLOCK_PLANES_MIN,
@@ -5126,6 +5133,8 @@ static uint32_t kv_block_records_max(const struct kv_shape *shape)
                    KV_BLOCK_RAW_MAX * 8ull
                        / ((uint64_t)shape->record_bytes * 8 + 1));
     n = kv_max(n, 1);
+    /* No other number of tombstones makes more: the first one brings the bits,
+     * and each takes the place of a value away. */
     assert(kv_block_raw_bytes(shape, n, 0) <= KV_BLOCK_RAW_MAX);
     assert(kv_block_raw_bytes(shape, n, 1) <= KV_BLOCK_RAW_MAX);
     return (uint32_t)n;
@@ -5190,7 +5199,7 @@ static void kv_encoder_init(struct kv_encoder *e, struct kv_env *env,
     assert(e->records_max >= 1);
 }
 
-/* Accepts a zeroed one. */
+/* Accepts a zeroed one, and may be called again. */
 static void kv_encoder_free(struct kv_encoder *e)
 {
     if (!e->env) return;
@@ -5308,8 +5317,16 @@ static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
     assert(plane == e->planes + kv_block_row_bytes(shape, n, e->tombstones));
 }
 
-/* Writes the content of the zstd frame to e->raw. On an error the records
- * that were gathered are still there. */
+/*
+ * Writes the content of the zstd frame to e->raw. On an error the records
+ * that were gathered are still there.
+ *
+ *   raw    | modes | bits | keys, then values: planes or pieces |
+ *   sizes    kv_block_mode_bytes, _bit_bytes, _row_bytes
+ *
+ * Modes and bits may have no bytes. The decoder takes it apart by the same
+ * three functions.
+ */
 static int kv_encoder_lay_out(struct kv_encoder *e, struct kvmeta_error *err)
 {
     const struct kv_shape *shape = &e->env->shape;
@@ -5621,6 +5638,7 @@ static void kv_block_place_values(const struct kv_shape *shape,
     unsigned char *values = rows + shape->key_bytes;
 
     for (size_t i = n; i-- > 0;) {
+        /* A tombstone's row keeps what happens to be there. */
         if (kv_bit_get(bits, i)) continue;
         m--;
         memmove(values + i * shape->record_bytes,
