@@ -5816,8 +5816,9 @@ static size_t kv_table_entry_bytes(const struct kv_shape *shape)
 }
 
 /* Every byte of the header follows from id and salt, so decoding is encoding
- * it again and comparing. header: KV_TABLE_HEADER_BYTES. Returns the seed of
- * the file. */
+ * it again and comparing. header: KV_TABLE_HEADER_BYTES, all of which are
+ * written. Returns the seed of the file: of all its sums, that of the header
+ * among them. */
 static uint32_t kv_table_header_encode(const struct kv_env *env, uint64_t id,
                                        const unsigned char *salt,
                                        unsigned char *header)
@@ -5976,6 +5977,12 @@ static struct kv_block kv_table_entry_decode(const unsigned char *entry)
  * compaction, to verify. So there is no cache of blocks, and no way to read a
  * single record.
  *
+ * What becomes of a failure is the caller's part. An open that meets damage
+ * fails, and changes nothing. A store that is open has all records in memory:
+ * a step or kvmeta_verify that meets damage asks for a heal, which writes a
+ * new table and drops the damaged one. A read that fails otherwise is tried
+ * again with the step.
+ *
  * Each step trusts what the one before has shown, and nothing else:
  *
  *   manifest   size and sum of the footer, counts, commits
@@ -5983,7 +5990,8 @@ static struct kv_block kv_table_entry_decode(const unsigned char *entry)
  *   footer     the one that the manifest means; where the index is
  *   index      all blocks, their sizes, counts and sums; its own sum is in
  *              the footer
- *   block      its sum first, then zstd, then the rules on what is in it
+ *   block      its sum first, then zstd, then the rules on what is in it,
+ *              and where its keys lie among those of the index
  *   all blocks add up to the record sum of the footer (kv_table_verify, and
  *              a writer before it hands a table out); an open and a merge see
  *              the same by the digest and by their balance
@@ -6107,8 +6115,9 @@ static int kv_table_read_index(struct kv_env *env, struct kv_table *t,
 
 /* Fills in *t from its open file and t->meta. Nothing may be allocated in it,
  * and the sizes of its largest block must be 0. The size of the file comes
- * first: one of another length is damaged, whatever is in it. After an error
- * t->index may be set, and is the caller's to free. No block is read. */
+ * first: one of another length is damaged, whatever is in it. Reads three
+ * times: both ends, and the index, whose place the footer tells. After an
+ * error t->index may be set, and is the caller's to free. */
 static int kv_table_load(struct kv_env *env, struct kv_table *t,
                          struct kvmeta_error *err)
 {
@@ -6130,6 +6139,8 @@ static int kv_table_load(struct kv_env *env, struct kv_table *t,
                                (unsigned long long)t->meta.bytes);
     if (bytes < sizeof header + sizeof footer)
         return kv_fail_corrupt(err, &t->file, bytes, "too short for a table");
+    /* A file that grows or shrinks while it is read is not a case: only this
+     * store writes here, and never into a table that is listed. */
     rc = kv_file_read(env, &t->file, header, sizeof header, 0, err);
     if (rc) return rc;
     rc = kv_table_header_decode(env, &t->file, header, &t->seed, err);
@@ -6147,7 +6158,9 @@ static int kv_table_load(struct kv_env *env, struct kv_table *t,
 }
 
 /* Opens the table that `meta` describes; *out is to be closed, and is zeroed
- * after an error. A missing file is KVMETA_E_CORRUPT: the manifest lists it. */
+ * after an error. A missing file is KVMETA_E_CORRUPT: the manifest lists it.
+ * No block is read: an open of the store reads all of them a moment later,
+ * and damage that comes after that is found by what reads them then. */
 static int kv_table_open(struct kv_env *env, const struct kv_table_meta *meta,
                          struct kv_table *out, struct kvmeta_error *err)
 {
@@ -6389,7 +6402,9 @@ static void kv_block_sum(const struct kv_shape *shape,
 
 /* Reads all records and compares their sum with the footer's: finds records
  * that were lost, doubled or changed before the sums of their blocks were
- * made. Their number is that of the index, which has been compared. */
+ * made. Their number is that of the index, which has been compared. Goes from
+ * block to block, without the merge: nothing is to be sorted or cut off.
+ * KV_STOPPED if the job is. */
 static int kv_table_check_records(struct kv_job *job, const struct kv_table *t,
                                   struct kvmeta_error *err)
 {
@@ -6418,6 +6433,7 @@ static int kv_table_check_records(struct kv_job *job, const struct kv_table *t,
 static int kv_table_verify(struct kv_job *job, const struct kv_table *t,
                            struct kvmeta_error *err)
 {
+    /* Never closed: its file is t's. Only its index is its own. */
     struct kv_table again = {.meta = t->meta, .file = t->file};
     int rc = kv_table_load(job->env, &again, err);
 
