@@ -6455,14 +6455,15 @@ static int kv_table_verify(struct kv_job *job, const struct kv_table *t,
  *     +---------+--------------+--> abort  no file is left
  *
  * abort may follow any of them, and does nothing after a finish that went
- * well, so that a caller has one way out. A temporary name and a rename would
+ * well, so that a caller has one way out. Of no records there is no table:
+ * whoever has added none aborts. A temporary name and a rename would
  * protect nothing: what a table is worth is up to the manifest alone.
  *
- * A crash before the swap leaves the file with whatever had been written, and
- * nobody looks into it: it is deleted by its name. A crash after it finds all
- * of the file, since it was synced, and has been read back since. What the
- * reading back cannot show is whether the disk has the bytes, or only the
- * cache: for that there is the sync alone.
+ * A crash before the swap leaves the file with whatever had been written: the
+ * next open deletes it, unless its header says that it is of another store. A
+ * crash after it finds all of the file, since it was synced before. Reading
+ * back cannot show whether the disk has the bytes, or only the cache: that is
+ * up to the sync alone.
  *
  * A writer belongs to one thread, that of its job. It needs memory for one
  * block and its output, and for the index.
@@ -6522,6 +6523,7 @@ static void kv_table_writer_abort(struct kv_table_writer *w)
     assert(w->created || !w->file.open);
     kv_table_writer_free(w);
     kv_file_close(w->job->env, &w->file);
+    /* Nobody can have it open: no manifest, and so no table, names it. */
     if (w->created)
         (void)kv_file_unlink(w->job->env, KV_FILE_TABLE, w->file.id, NULL);
     w->created = false;
@@ -6559,7 +6561,9 @@ static int kv_table_writer_write(struct kv_table_writer *w,
 }
 
 /* Appends bytes that exist already: header, index and footer. Blocks are
- * encoded in place. */
+ * encoded in place. Goes in pieces, so that an index of any size needs no
+ * room in the output. Keeps, as all of the writer does, less than
+ * KV_TABLE_OUT_BYTES in the output when it returns OK. */
 static int kv_table_writer_put(struct kv_table_writer *w,
                                const unsigned char *bytes, size_t n,
                                struct kvmeta_error *err)
@@ -6583,7 +6587,9 @@ static int kv_table_writer_put(struct kv_table_writer *w,
 
 /* Ids are never used twice: a file that is there already is an error. From
  * created on, the file is this writer's to unlink; before, it may be
- * anybody's. */
+ * anybody's. The salt is asked for first, for nothing is to be undone if
+ * there is none. The header is put out, not written: that comes with the
+ * first blocks. */
 static int kv_table_writer_create(struct kv_table_writer *w, uint64_t id,
                                   struct kvmeta_error *err)
 {
@@ -6618,7 +6624,8 @@ static int kv_table_writer_open(struct kv_job *job, uint64_t id,
 }
 
 /* Encodes the records gathered as a block, and enters it in the index. There
- * must be at least one. */
+ * must be at least one. The sum is made here, right behind the encoder, so
+ * that it covers as much of the way as it can. */
 static int kv_table_writer_end_block(struct kv_table_writer *w,
                                      struct kvmeta_error *err)
 {
@@ -6647,8 +6654,7 @@ static int kv_table_writer_end_block(struct kv_table_writer *w,
     rc = kv_block_encode(e, to, &stored_bytes, err);
     if (rc) return rc;
     assert(stored_bytes <= KV_BLOCK_STORED_MAX);
-    /* The sum is over what lies in the output now; what the disk makes of it
-     * is compared when the table is read back. */
+    /* At most KV_BLOCK_STORED_MAX. */
     block.stored_bytes = (uint32_t)stored_bytes;
     block.crc = kv_crc_add(&env->crc, w->seed, to, stored_bytes);
     assert(w->blocks < w->index_cap);
