@@ -6798,12 +6798,18 @@ static int kv_table_writer_finish(struct kv_table_writer *w,
  *   bcrc, hcrc   apart, so that a header whose body is torn can still be a
  *                witness; hcrc covers bcrc, and so names the whole frame
  *
+ * An entry says what a record is afterwards, not what was done to it: whether
+ * it was a put, a swap, or part of a conditional batch does not matter to a
+ * replay, and entries that were replayed twice would change nothing. What did
+ * not change anything, the removal of an absent key, is not logged.
+ *
  * What a commit costs: a put of 8 + 8 bytes takes a slot of 24, and with the
  * header a frame of 88. Synced it takes 512 with the default align, which is
  * what concurrent commits share.
  *
  * Frames have no end mark, and zeros are no frame: behind the last one there
- * may be anything, and the chain decides what counts.
+ * may be anything, and the chain decides what counts. The first frame's prev
+ * is the sum of the log's header.
  *
  * Nothing here does I/O or takes a lock: writer and replay call with bytes.
  * ========================================================================== */
@@ -6812,7 +6818,7 @@ enum {
     KV_LOG_VERSION = 1,
     KV_LOG_HEADER_BYTES = 128,
     KV_LOG_UUID_OFF = 16,
-    KV_LOG_ALIGN_MAX = 65536,
+    KV_LOG_ALIGN_MAX = 65536,     /* of log_align, and of a header's pad */
     KV_FRAME_BYTES = 64,
     /* A whole word: keys start at multiples of 8 (kv_run_input_init). */
     KV_ENTRY_BYTES = 8,           /* op and zeros in front of an entry */
@@ -6842,7 +6848,7 @@ _Static_assert((KV_LOG_ALIGN_MAX & (KV_LOG_ALIGN_MAX - 1)) == 0,
  */
 struct kv_log_head {
     uint64_t id;
-    unsigned char salt[KV_SALT_BYTES];
+    unsigned char salt[KV_SALT_BYTES]; /* random, another for each file */
     uint32_t align;               /* a power of two, 8..KV_LOG_ALIGN_MAX */
     uint32_t slot_bytes;          /* of an entry with its pad */
     uint64_t first_seq;           /* of its first batch */
@@ -6934,11 +6940,16 @@ static void kv_log_head_encode(const struct kv_env *env,
     kv_store_le32(block + 124, head->crc);
 }
 
-/* Returns the broken rule, or NULL. `bytes` are there from the start of the
+/*
+ * Returns the broken rule, or NULL. `bytes` are there from the start of the
  * file; id is the one in the file's name, and enters the seed: a log under
- * another log's name has a wrong sum. The width of the pad decides how far
- * the sum goes, so align is checked before it is believed. After a rule,
- * *head is not to be used. */
+ * another log's name has a wrong sum. So uuid, id and widths are not compared
+ * one by one: the sum binds the block to one store, whose widths never
+ * change. Only the width of a slot is, since places are computed from it.
+ *
+ * The width of the pad decides how far the sum goes, so align is checked
+ * before it is believed. After a rule, *head is not to be used.
+ */
 static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
                                       const unsigned char *block,
                                       uint64_t bytes, struct kv_log_head *head)
@@ -7352,6 +7363,8 @@ static int kv_log_create(struct kv_env *env, uint64_t id,
     if (rc) return rc;
     log.head.id = id;
     if (fill) rc = kv_log_extend(env, &log, fill, err);
+    /* The file first, then its name: both must be there before a manifest
+     * is. */
     if (!rc) rc = kv_file_sync(env, &log.file, err);
     if (!rc && !KV_MUTANT(3)) rc = kv_dir_sync(env, err);
     if (rc) {
