@@ -7448,6 +7448,16 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
  * A frame behind a gap is never taken, though it may be whole: its digest and
  * its commit numbers count on what is missing, and prefixes are the promise.
  *
+ *                     live                         sealed
+ *   size of the file  whatever the crash has left  what the manifest says
+ *   end of the chain  not below what is known to   the end of the file, at
+ *                     have been acknowledged       the frame it was sealed by
+ *   behind it         zeros, or a torn tail        nothing
+ *   read by           an open                      an open, a flush, verify
+ *
+ * Whether the log goes on from what is before it, by its commit number and by
+ * its digest, is for the caller to compare (kv_recover_chain, kv_flush_load).
+ *
  * All of a log is read into memory at once; it needs another 16 bytes for
  * each entry, and as many again while it is sorted. Nothing here writes, takes
  * a lock or keeps state between two calls, so that an open reads many logs
@@ -7610,6 +7620,8 @@ static uint64_t kv_log_evidence(const struct kv_env *env,
     for (uint64_t pos = kv_log_first(run->head.align);
          pos + KV_FRAME_BYTES <= run->size; pos += 8) {
         if (kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, &f))
+            /* Frames of the chain say nothing new: none of theirs is above
+             * its end. */
             highest = kv_max(highest, f.durable);
     }
     return highest;
@@ -7623,6 +7635,7 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
                              const struct kv_file *file, uint64_t acked,
                              struct kvmeta_error *err)
 {
+    /* By enum kvmeta_torn. */
     static const char *const wrong[] = {
         "the log ends", "no valid frame header", "frame: body crc"
     };
@@ -7769,6 +7782,7 @@ static int kv_run_sort(struct kv_env *env, struct kv_run *run,
     size_t bytes = run->count * sizeof *run->items;
     struct kv_item *tmp;
 
+    /* In order, and an empty log asks for no memory. */
     if (run->count < 2) return KVMETA_OK;
     tmp = kv_alloc_pages(env, bytes);
     if (!tmp) return kv_fail_memory(err, bytes);
@@ -7794,6 +7808,7 @@ static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
     memset(run, 0, sizeof *run);
     rc = kv_file_open(env, KV_FILE_LOG, meta->id, 0, &file, err);
     if (rc == KVMETA_NOT_FOUND)
+        /* As with a table: not found would mean that there is no store. */
         rc = kv_fail_corrupt(err, &file, 0, "listed in the manifest, missing");
     if (!rc) rc = kv_run_read_file(env, &file, run, err);
     if (!rc) rc = kv_run_parse(env, &file, meta, acked, run, err);
@@ -7961,6 +7976,7 @@ static bool kv_mark_decode(const struct kv_env *env,
     uint32_t seed;
 
     memcpy(other.uuid, slot + 8, KV_UUID_BYTES);
+    /* By the uuid that the slot itself states. */
     seed = kv_crc_file_seed(&other, KV_FILE_LOCK, 0, kv_no_salt);
     if (kv_load_le64(slot) != KV_MARK_MAGIC) return false;
     if (kv_load_le32(slot + 56) != 0) return false;
