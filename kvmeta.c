@@ -8070,8 +8070,9 @@ static int kv_mark_write(struct kv_env *env, const struct kv_file *file,
  *   kv_manifest_check         what no manifest of ours has ever said
  *
  * After all four it may still not fit the files; that is found as they are
- * read. That the manifest is not an old one, put in place of a newer, only the
- * marks can tell, by its generation.
+ * read. That the manifest is not an old one, put in place of a newer, the
+ * marks tell by its generation, and an unlisted log with commits in it by its
+ * existence.
  *
  * `seq` and `digest` are those of the tables alone. The first log goes on from
  * there, each other one from the log before it, and the state of the store is
@@ -8090,6 +8091,8 @@ enum {
     KV_MANIFEST_END_BYTES = 8,    /* zero, sum */
     KV_MANIFEST_STRIDE = 4096,    /* a copy starts at a multiple of it */
     KV_MANIFEST_BYTES_MAX = 1 << 20, /* of one copy; a reader takes no more */
+    /* More than the backlog: lives that were too short to flush anything have
+     * left a sealed log each. */
     KV_MANIFEST_LOGS_MAX = 32,
     KV_LOG_STATE_LIVE = 1,
     KV_LOG_STATE_SEALED = 2
@@ -8113,8 +8116,15 @@ _Static_assert(KV_MANIFEST_HEAD_BYTES + KV_TABLES_MAX * KV_MANIFEST_TABLE_BYTES
                + KV_MANIFEST_END_BYTES <= KV_MANIFEST_BYTES_MAX,
                "a full manifest must be readable");
 
-/* Owns `tables`. At most the last of the logs is live. After a clean close,
- * and before the first write, none is. */
+/*
+ * Owns `tables`. At most the last of the logs is live; after a clean close,
+ * and before the first write, none is.
+ *
+ * next_id was right when the manifest was written. Ids have been given away
+ * since, to files that a crash has left unlisted, so that an open goes on
+ * above the highest id that it finds in the directory, too. gen only ever
+ * grows: a mark with a higher one proves that this manifest is not the last.
+ */
 struct kv_manifest {
     uint64_t gen;                 /* counts swaps, from 1 */
     uint64_t next_id;             /* above all ids that it names */
@@ -8135,7 +8145,8 @@ static void kv_manifest_free(struct kv_env *env, struct kv_manifest *m)
 
 /* A copy with room for one more table: no step adds more than one. *out needs
  * no freeing before; after an error it is as it was. Swap lock held, for
- * `from` must not change meanwhile. */
+ * `from` must not change meanwhile, and nobody else may make a successor of
+ * it: one of the two would be lost. */
 static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
                             struct kv_manifest *out, struct kvmeta_error *err)
 {
@@ -8340,6 +8351,7 @@ static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
  */
 static const char *kv_manifest_check(const struct kv_manifest *m)
 {
+    /* Of the table before. */
     uint64_t seq = 0;
 
     if (m->gen < 1 || m->gen >= KV_NUMBER_MAX) return "S3: generation";
@@ -8369,9 +8381,10 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
 }
 
 /* The image must be the one that its content encodes to: no other value
- * stands for the same thing, and what is reserved is zero. One comparison
- * instead of a rule for each reserved field and each state of a log that is
- * none. env->uuid must be the image's. */
+ * stands for the same thing, and what is reserved is zero, so that a later
+ * format can use it and this one refuses it. One comparison instead of a rule
+ * for each reserved field and each state of a log that is none. env->uuid
+ * must be the image's, and the counts of m those of the image. */
 static int kv_manifest_check_image(struct kv_env *env,
                                    const struct kv_file *file,
                                    const unsigned char *image, size_t bytes,
@@ -8390,10 +8403,11 @@ static int kv_manifest_check_image(struct kv_env *env,
     return kv_fail_corrupt(err, file, 0, "manifest: reserved bytes are set");
 }
 
-/* Finds the two copies in the file. *healed: one of them is damaged. The
- * second stands behind the first, at a multiple of the stride; where, only
- * the first could tell, which may be the damaged one: so all multiples are
- * tried. */
+/* Finds the two copies in the file, and decodes the first whole one. *healed:
+ * one of them is damaged. The second stands behind the first, at a multiple
+ * of the stride; where, only the first could tell, which may be the damaged
+ * one: so all multiples are tried. Bounded: the file has at most 512 of them,
+ * and each is summed once at most. */
 static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
                             const unsigned char *bytes, size_t size,
                             struct kv_manifest *m, bool *healed,
@@ -8432,8 +8446,9 @@ static int kv_manifest_pick(struct kv_env *env, const struct kv_file *file,
 
 /* Reads the manifest and checks all that can be said of it alone.
  * KVMETA_NOT_FOUND where there is none. Sets env->uuid, by which everything
- * else is then read; *healed: a swap is to be made, for one copy is damaged.
- * Writes nothing. m must be zeroed, and is to be freed, after an error too. */
+ * else is then read, also if a later check fails; *healed: a swap is to be
+ * made, for one copy is damaged. Writes nothing. After an error, too, m is to
+ * be freed, and so must have been zeroed. */
 static int kv_manifest_read(struct kv_env *env, struct kv_manifest *m,
                             bool *healed, struct kvmeta_error *err)
 {
@@ -8527,6 +8542,8 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
     }
     /* Set before the attempt: a rename that fails may have happened. */
     *renamed = true;
+    /* The one step that counts: before it the old manifest is there, after it
+     * the new one, and never none or a part (POSIX, rename). */
     rc = env->vfs->rename(env->vfs->user, env->dir, from, to);
     if (rc)
         return kv_fail(err, KVMETA_E_IO, rc, "MANIFEST: rename: error %d", rc);
