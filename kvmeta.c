@@ -5422,6 +5422,7 @@ static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
     for (size_t p = 0; p < shape->record_bytes; p++) {
         /* A cut in front of plane p ends the zstd block with what is before
          * it. */
+        assert(end <= raw_bytes);
         if (e->scheme->cut[p])
             result = kv_encoder_feed(e, &in, end, ZSTD_e_flush, out);
         if (ZSTD_isError(result)) return result;
@@ -5661,6 +5662,7 @@ static void kv_block_make_rows(const struct kv_shape *shape,
     size_t stride = shape->record_bytes;
 
     /* In every case the values of puts come to the first m rows. */
+    assert(m <= n);
     if (!kv_block_has_planes(n)) {
         kv_block_spread(shape, body, n, k, rows);
         kv_block_spread(shape, body + n * k, m, v, rows + k);
@@ -6521,6 +6523,7 @@ static void kv_table_writer_free(struct kv_table_writer *w)
 static void kv_table_writer_abort(struct kv_table_writer *w)
 {
     assert(w->created || !w->file.open);
+    assert(!w->created || w->file.open);
     kv_table_writer_free(w);
     kv_file_close(w->job->env, &w->file);
     /* Nobody can have it open: no manifest, and so no table, names it. */
@@ -6711,6 +6714,8 @@ static int kv_table_writer_end(struct kv_table_writer *w, struct kv_table *t,
     /* Where things are is known now: the index is behind what was put out so
      * far. */
     index_bytes = w->blocks * kv_table_entry_bytes(&env->shape);
+    assert(w->blocks > 0);
+    assert(w->records >= w->blocks);
     t->meta.records = w->records;
     t->meta.tombstones = w->tombstones;
     t->sum = w->sum;
