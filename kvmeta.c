@@ -8112,6 +8112,8 @@ _Static_assert(KV_MANIFEST_TABLE_BYTES == 6 * 8 + 2 * 4, "manifest table");
 _Static_assert(KV_MANIFEST_LOG_BYTES == 8 + KV_SALT_BYTES + 2 * 4 + 8,
                "manifest log");
 _Static_assert(KV_MANIFEST_END_BYTES == 4 + 4, "manifest end");
+_Static_assert(KV_MANIFEST_STRIDE % KV_PAGE_BYTES == 0,
+               "the two copies share no sector and no page");
 _Static_assert(KV_MANIFEST_BYTES_MAX % KV_MANIFEST_STRIDE == 0,
                "two copies of the largest image fit in twice its size");
 _Static_assert(KV_LOGS_WAITING_MAX + 2 <= KV_MANIFEST_LOGS_MAX,
@@ -8171,6 +8173,7 @@ static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
 /* The live log, or NULL. Points into the manifest. */
 static const struct kv_log_meta *kv_manifest_live(const struct kv_manifest *m)
 {
+    assert(m->logs_count <= KV_MANIFEST_LOGS_MAX);
     if (m->logs_count == 0) return NULL;
     return m->logs[m->logs_count - 1].live ? &m->logs[m->logs_count - 1] : NULL;
 }
@@ -8243,6 +8246,7 @@ static void kv_manifest_encode(const struct kv_env *env,
     unsigned char *p = image + KV_MANIFEST_HEAD_BYTES;
 
     assert(m->logs_count <= KV_MANIFEST_LOGS_MAX);
+    assert(m->tables_count == 0 || m->tables);
     assert(bytes <= UINT32_MAX);
     kv_store_le64(image, KV_MANIFEST_MAGIC);
     kv_store_le32(image + 8, KV_MANIFEST_VERSION);
@@ -8505,6 +8509,7 @@ static int kv_manifest_write_tmp(struct kv_env *env,
     int rc;
 
     assert(!file->open);
+    assert(bytes <= KV_MANIFEST_BYTES_MAX);
     assert(second >= bytes);
     if (!image) return kv_fail_memory(err, second + bytes);
     kv_manifest_encode(env, m, image);
