@@ -4068,6 +4068,14 @@ static int kv_key_compare(const struct kv_shape *shape,
  * same first 8 bytes: the round in which they meet is sorted a second time,
  * and all rounds after it compare whole keys from the start.
  *
+ * No record may be lost or made up on the way, whatever goes wrong in here, in
+ * an encoder or in memory. So a compaction takes the sums that the tables had
+ * before, subtracts what was passed over and the tombstones that it left out,
+ * and compares the rest with the sum of what it has read back from the new
+ * table (kv_merge_balance); an open compares its records with the digest.
+ * That is what `balance` is for. A flush has no sum to begin with: its table
+ * is compared with the digest if it is the only one, else by the next open.
+ *
  * A merge belongs to one thread. Flush and compaction take its records one by
  * one as from any source; an open, which wants them by the thousand, calls
  * kv_merge_round and looks at the items itself. Nothing here writes.
@@ -4086,6 +4094,8 @@ struct kv_order {
     bool exact;                   /* heads are not enough; never set back */
 };
 
+/* The key, in the rows of its input: good until the input is filled again
+ * (S2). */
 static const unsigned char *kv_item_key(const struct kv_order *o,
                                         const struct kv_item *item)
 {
