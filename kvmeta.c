@@ -7460,6 +7460,15 @@ static int kv_log_begin(struct kv_env *env, struct kv_log *log, uint32_t align,
  * nothing behind it was promised. (The README says when both witnesses are
  * lost.)
  *
+ * Three synced frames of 512 bytes, at 512, 1024 and 1536. Their `durable` is
+ * 512, 1024 and 1536: each was written when the one before had been synced.
+ *
+ *   the second is damaged     the chain ends at 1024, the third says 1536:
+ *                             acknowledged bytes are damaged, the open fails
+ *   the third is damaged      the chain ends at 1536, and no frame says more;
+ *                             a mark says 2048 if its sync had come back, and
+ *                             the open fails; else it is a torn tail
+ *
  * A frame behind a gap is never taken, though it may be whole: its digest and
  * its commit numbers count on what is missing, and prefixes are the promise.
  *
@@ -7634,9 +7643,9 @@ static uint64_t kv_log_evidence(const struct kv_env *env,
     if (KV_MUTANT(16)) return 0;
     for (uint64_t pos = kv_log_first(run->head.align);
          pos + KV_FRAME_BYTES <= run->size; pos += 8) {
+        /* Frames of the chain say nothing new: none of theirs is above its
+         * end. */
         if (kv_frame_decode(env, run->head.seed, run->bytes + pos, pos, &f))
-            /* Frames of the chain say nothing new: none of theirs is above
-             * its end. */
             highest = kv_max(highest, f.durable);
     }
     return highest;
@@ -7656,10 +7665,10 @@ static int kv_run_check_tail(const struct kv_env *env, struct kv_run *run,
     };
     uint64_t used = run->size;
 
-    /* Marks and frames may each be the only ones left that know. */
     assert(run->end <= run->size);
     assert(run->torn_reason >= 0);
     assert((size_t)run->torn_reason < sizeof wrong / sizeof *wrong);
+    /* Marks and frames may each be the only ones left that know. */
     acked = kv_max(acked, kv_log_evidence(env, run));
     if (acked > run->end)
         return kv_fail_corrupt(err, file, run->end,
@@ -7718,7 +7727,8 @@ static int kv_run_parse(struct kv_env *env, const struct kv_file *file,
                                (unsigned long long)meta->bytes);
 
     /* No frame can hold more entries than the file has slots, so that the
-     * array never grows, and a lying count costs no memory. */
+     * array never grows, and a lying count costs no memory. A slot has 16
+     * bytes at least, so that the items take no more than the file. */
     run->cap = (size_t)run->size / run->head.slot_bytes + 1;
     run->items = kv_alloc_pages(env, run->cap * sizeof *run->items);
     if (!run->items)
@@ -7822,8 +7832,8 @@ static int kv_run_load(struct kv_env *env, const struct kv_log_meta *meta,
 
     memset(run, 0, sizeof *run);
     rc = kv_file_open(env, KV_FILE_LOG, meta->id, 0, &file, err);
+    /* As with a table: not found would mean that there is no store. */
     if (rc == KVMETA_NOT_FOUND)
-        /* As with a table: not found would mean that there is no store. */
         rc = kv_fail_corrupt(err, &file, 0, "listed in the manifest, missing");
     if (!rc) rc = kv_run_read_file(env, &file, run, err);
     if (!rc) rc = kv_run_parse(env, &file, meta, acked, run, err);
