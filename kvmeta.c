@@ -6028,7 +6028,8 @@ static const unsigned char *kv_table_block_key(const struct kv_table *t,
     return kv_table_entry(t, i) + KV_TABLE_ENTRY_BYTES;
 }
 
-/* Closes the file and frees the index. Accepts a zeroed one. */
+/* Closes the file and frees the index. Accepts a zeroed one. That no input of
+ * it is left is for the caller to know: who holds the job lock does. */
 static void kv_table_close(struct kv_env *env, struct kv_table *t)
 {
     kv_file_close(env, &t->file);
@@ -6327,6 +6328,8 @@ static int kv_table_input_fill(struct kv_input *base, struct kv_item *items,
         rc = kv_table_input_read(s, err);
         if (rc) return rc;
     }
+    /* A block of narrow records has tens of times as many: bounded, so that
+     * windows need not be as large as blocks. */
     *n = (size_t)kv_min(KV_INPUT_ITEMS, s->view.records - s->at);
     assert(*n > 0);
     row = s->view.rows + s->at * shape->record_bytes;
@@ -6346,7 +6349,6 @@ static int kv_table_input_alloc(struct kv_table_input *s,
                                  struct kvmeta_error *err)
 {
     struct kv_env *env = s->job->env;
-    /* One more byte: never a request for nothing. */
     size_t raw_bytes = s->table->raw_bytes_max + 1;
     size_t bytes = s->table->stored_bytes_max + raw_bytes;
 
@@ -6542,7 +6544,8 @@ static void kv_table_writer_abort(struct kv_table_writer *w)
     w->created = false;
 }
 
-/* Makes room for `bytes` more in the output. */
+/* Makes room for `bytes` more in the output. It may move: pointers into it
+ * are to be taken afterwards. */
 static int kv_table_writer_reserve(struct kv_table_writer *w, size_t bytes,
                                    struct kvmeta_error *err)
 {
@@ -6839,6 +6842,7 @@ enum {
     KV_ENTRY_BYTES = 8,           /* op and zeros in front of an entry */
     KV_ENTRY_PUT = 1,
     KV_ENTRY_REMOVE = 2,
+    /* Which of the two it is decides where the frame ends. */
     KV_FRAME_SYNCED = 0x5366764B, /* "KvfS": padded to log_align */
     KV_FRAME_PLAIN = 0x5066764B   /* "KvfP": padded to 8 */
 };
@@ -7217,7 +7221,8 @@ static void kv_log_buffer_keep(struct kv_log_buffer *buf)
     buf->pending_batches = buf->batches;
 }
 
-/* Forgets the group whose commit failed. */
+/* Forgets the group whose commit failed, and only that: the batches before it
+ * stay, visible to readers as they are. */
 static void kv_log_buffer_drop(struct kv_log_buffer *buf)
 {
     assert(buf->pending_used <= buf->used);
@@ -8163,7 +8168,8 @@ struct kv_manifest {
     size_t logs_count;
 };
 
-/* Accepts a zeroed one. */
+/* Accepts a zeroed one. There is nothing else in it to be freed, so that a
+ * manifest may be moved by assignment. */
 static void kv_manifest_free(struct kv_env *env, struct kv_manifest *m)
 {
     kv_free(env, m->tables);
@@ -8190,7 +8196,9 @@ static int kv_manifest_copy(struct kv_env *env, const struct kv_manifest *from,
     return KVMETA_OK;
 }
 
-/* The live log, or NULL. Points into the manifest. */
+/* The live log, or NULL. Points into the manifest. It can only be the last: a
+ * manifest in which another one is live does not pass (S9), and a rotation
+ * seals the old one in the swap that lists the new one. */
 static const struct kv_log_meta *kv_manifest_live(const struct kv_manifest *m)
 {
     assert(m->logs_count <= KV_MANIFEST_LOGS_MAX);
@@ -8206,9 +8214,10 @@ static size_t kv_manifest_image_bytes(size_t tables, size_t logs)
         + logs * KV_MANIFEST_LOG_BYTES + KV_MANIFEST_END_BYTES;
 }
 
-/* The parts of an image, each with its inverse behind it. What is reserved is
- * not written: the image is zeroed. Nothing is checked in decoding; for that
- * there are kv_manifest_check and kv_manifest_check_image. */
+/* The parts of an image, each with its inverse behind it; the tables in the
+ * head of this file give their offsets. What is reserved is not written: the
+ * image is zeroed. Nothing is checked in decoding; for that there are
+ * kv_manifest_check and kv_manifest_check_image. */
 static void kv_manifest_encode_table(const struct kv_table_meta *t,
                                      unsigned char *p)
 {
@@ -8514,10 +8523,10 @@ done:
     return rc;
 }
 
-/* Writes and syncs both copies under a name that no open reads. *file is the
- * caller's to close, after an error too. A file that an earlier life has left
- * there is removed, not overwritten: nothing of it may become part of the new
- * one, nor a link in its place be followed. */
+/* Writes and syncs both copies under a name that no open reads, by one write
+ * and one sync. *file is the caller's to close, after an error too. A file
+ * that an earlier life has left there is removed, not overwritten: nothing of
+ * it may become part of the new one, nor a link in its place be followed. */
 static int kv_manifest_write_tmp(struct kv_env *env,
                                  const struct kv_manifest *m,
                                  struct kv_file *file,
