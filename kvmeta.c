@@ -4198,7 +4198,8 @@ static void kv_items_merge_heads(const struct kv_item *from, size_t left,
 /* Merges items[0..left) and items[left..n); tmp has room for n. Runs that are
  * in order as they stand, as those of ascending numbers are, cost one
  * comparison. That one is by whole keys also where heads decide: what is in
- * order by keys is so by heads. */
+ * order by keys is so by heads. Otherwise both runs are copied to tmp, and
+ * merged from there, since writing goes on at both ends. */
 static void kv_items_merge(const struct kv_order *o, struct kv_item *items,
                            size_t left, size_t n, struct kv_item *tmp)
 {
@@ -5077,8 +5078,9 @@ struct kv_block {
 };
 
 /* A decoded block. In each row the value stands behind the key; it says
- * nothing where the record is a tombstone. Points into the buffers that
- * kv_block_decode was given, and owns nothing. */
+ * nothing where the record is a tombstone, that is where bit i of `bits` is
+ * set. Points into the buffers that kv_block_decode was given, `rows` into one
+ * and `bits` into the other, and owns nothing. */
 struct kv_block_view {
     const unsigned char *rows;
     const unsigned char *bits;    /* NULL: no tombstones */
@@ -5157,9 +5159,13 @@ static bool kv_bit_get(const unsigned char *bits, size_t i)
 
 /* --- Encoder --- */
 
-/* Gathers the records of one block. All arrays grow with what is in them:
+/*
+ * Gathers the records of one block. All arrays grow with what is in them:
  * the tables of a small store must not cost large buffers. Everything is kept
- * from block to block until kv_encoder_free. */
+ * from block to block until kv_encoder_free. For full blocks that is
+ * KV_BLOCK_RAW_MAX three times, as rows, as planes and as what zstd is given,
+ * and what zstd needs for the level.
+ */
 struct kv_encoder {
     struct kv_env *env;           /* NULL: zeroed, nothing to free */
     int zstd_level;               /* -7..19, but not 0 */
@@ -5313,6 +5319,7 @@ static void kv_encoder_put_planes(struct kv_encoder *e, unsigned char *modes,
     kv_plane_transpose(e->values, m, shape->value_bytes,
                        e->planes + n * shape->key_bytes, m);
     kv_scheme_make(e->scheme, shape, e->planes, n, m);
+    /* Encoding reads e->planes and writes to `to`: never in place. */
     for (size_t p = 0; p < shape->record_bytes; p++) {
         size_t bytes = p < shape->key_bytes ? n : m;
         unsigned mode = e->scheme->mode[p];
@@ -5439,6 +5446,7 @@ static size_t kv_encoder_compress_cut(struct kv_encoder *e, size_t raw_bytes,
         end += p < shape->key_bytes ? e->records
                                     : e->records - e->tombstones;
     }
+    /* The last segment ends with the frame. */
     assert(end == raw_bytes);
     return kv_encoder_feed(e, &in, end, ZSTD_e_end, out);
 }
@@ -5483,6 +5491,7 @@ static int kv_block_encode(struct kv_encoder *e, unsigned char *to,
         if (!ZSTD_isError(result)) out.pos = result;
     }
     if (ZSTD_isError(result)) return kv_encoder_fail_zstd(result, err);
+    /* Both are what a reader asks for before it unpacks anything (B3). */
     assert(ZSTD_getFrameContentSize(to, out.pos) == raw_bytes);
     assert(out.pos <= KV_BLOCK_STORED_MAX);
     *stored_bytes = out.pos;
@@ -5511,10 +5520,16 @@ static int kv_block_encode(struct kv_encoder *e, unsigned char *to,
  * row is what the tree is loaded from.
  */
 
-/* The frame must be one zstd frame, nothing before or behind it, that states
+/*
+ * The frame must be one zstd frame, nothing before or behind it, that states
  * the size we expect: zstd itself would skip frames, or take several. Never
  * writes more than raw_bytes. The sum has been right (B2), so that a rule
- * broken here is the fault of a writer, or malice. */
+ * broken here is the fault of a writer, or malice.
+ *
+ * All of it is unpacked in one go, straight to `raw`: whatever window the
+ * frame asks for, nothing is allocated for it. A frame that needs a
+ * dictionary fails, since there is none.
+ */
 static const char *kv_block_decompress(ZSTD_DCtx *zstd,
                                        const unsigned char *stored,
                                        size_t stored_bytes,
@@ -5617,10 +5632,12 @@ static void kv_block_decode_planes(const struct kv_shape *shape,
 
     assert(m <= n);
 
+    /* Big-endian: the last plane, which carries from none, comes first. */
     for (size_t p = shape->key_bytes; p-- > 0;) {
         kv_plane_decode((int)kv_block_mode(modes, p), planes + p * n,
                         kv_scheme_low(shape, planes, p, n, m), n);
     }
+    /* Little-endian: the first plane carries from none. */
     for (size_t v = 0; v < shape->value_bytes; v++) {
         size_t p = shape->key_bytes + v;
 
