@@ -8098,9 +8098,17 @@ static int kv_mark_write(struct kv_env *env, const struct kv_file *file,
  *   rename it to MANIFEST          the old one or the new one, each whole
  *   sync the directory             the new one
  *
- * A store has at most about a thousand tables and some logs, so that writing
- * all of it anew is cheap, and swaps are rare. A log of changes would need a
- * replay, rules for its own torn tail, and somebody to shorten it.
+ * What the caller may do after an error hangs on whether the rename has been
+ * tried. Before it (*renamed is false) no manifest on disk names the new
+ * files, and they can be unlinked. After it nobody knows which one the next
+ * open will find: no file may be unlinked, neither new nor old, and the store
+ * stops writing.
+ *
+ * A store has at most about a thousand tables and some logs, 56 and 40 bytes
+ * each: most manifests fit in one page, and have their second copy in the
+ * next. So writing all of it anew is cheap, and swaps are rare. A log of
+ * changes would need a replay, rules for its own torn tail, and somebody to
+ * shorten it.
  *
  * Two copies, because nothing else could replace a damaged manifest: with one
  * whole copy the open goes on, and heals the other by a swap. Copies that are
@@ -8340,8 +8348,9 @@ static size_t kv_manifest_image_at(const struct kv_env *env,
 
 /* Fills in *m and the uuid of the environment from a valid image. A format
  * that is not known and other widths are not damage, and are told apart from
- * it. m->tables is allocated with room for one more, for the caller to free,
- * after an error of a later check, too. */
+ * it: nothing is wrong with such a store, it is only not for this program, or
+ * not for these options. m->tables is allocated with room for one more, for
+ * the caller to free, after an error of a later check, too. */
 static int kv_manifest_decode(struct kv_env *env, const struct kv_file *file,
                               const unsigned char *image, size_t bytes,
                               struct kv_manifest *m, struct kvmeta_error *err)
@@ -8424,6 +8433,7 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
         if (t->seq_last < t->seq_first) return "S6: table order";
         seq = t->seq_last;
     }
+    /* Not equal in general: commits that left no record are in no table. */
     if (m->seq < seq) return "S6: table order";
     for (size_t i = 0; i < m->logs_count; i++) {
         const struct kv_log_meta *l = &m->logs[i];
