@@ -1209,19 +1209,44 @@ const struct kvmeta_vfs *kvmeta_vfs_posix(void)
  *
  * Tree nodes of one size come from slabs: 2 MiB of the system's pages, on
  * huge pages where there are any, or smaller ones while the store is small.
- * An empty slab is given back. Callers hold the tree's lock, except for
- * kv_pool_has. Carries (N1): a slab is never given back if that left fewer
- * free nodes than are reserved.
+ * An empty slab is given back. A tree has two pools, for leaves and for inner
+ * nodes. Callers hold the tree's lock, except for kv_pool_has and
+ * kv_pool_prepare.
+ *
+ * A writer asks for all the nodes that its changes can need before it makes
+ * the first of them (kv_tree_reserve); taking one then cannot fail, and no
+ * change has to be undone half way. Two rules make that true: nobody takes
+ * nodes but the writer (or the loaders of an open, before there is one); and
+ * (N1) a slab is never given back if that left fewer free nodes than are
+ * reserved, or than KV_POOL_KEEP.
+ *
+ * The list of a pool holds the slabs that have a free node, those that were
+ * full last in front, the empty ones behind:
+ *
+ *     open -> [##### ] -> [####  ] -> [##    ] -> [      ] <- open_last
+ *              taken from first        given back from here
+ *
+ * A slab is full and on no list, or on the list; it is found again through
+ * the nodes, each of which knows its slab.
+ *
+ * The C library's malloc would not do: it has no notion of nodes kept free,
+ * it does not ask for huge pages, and what it gives back to the system is its
+ * own affair, while memory_bytes_max and resident_bytes need exact figures.
  * ========================================================================== */
 
 enum {
-    KV_SLAB_BYTES = 2 << 20,
+    KV_SLAB_BYTES = 2 << 20,      /* a huge page of x86-64 and AArch64 */
     KV_AHEAD_MIN = 64 << 20,      /* of a pool that gets slabs ahead */
     KV_POOL_KEEP = 64             /* free nodes that are always kept */
 };
 
 struct kv_node;
 
+/* A piece of memory cut into nodes of one size. It is described from outside,
+ * so that all of it is for nodes. Nodes are carved off it in order: what
+ * lies behind the last one has never been touched, and costs no memory where
+ * the system hands out pages at their first use. The struct is kv_alloc'ed;
+ * `memory` comes from kv_slab_map if `mapped`, from kv_alloc otherwise. */
 struct kv_slab {
     struct kv_slab *next;         /* in the pool's list, if any node is free */
     struct kv_slab *prev;
@@ -1231,10 +1256,16 @@ struct kv_slab {
     unsigned char *base;          /* first node, on a cache line */
     uint32_t cap;                 /* nodes */
     uint32_t carved;              /* nodes that have ever been used */
-    uint32_t used;
-    struct kv_node *free_nodes;
+    uint32_t used;                /* nodes that are taken; <= carved */
+    struct kv_node *free_nodes;   /* carved and given back, by dead_next */
 };
 
+/* Nodes of one size. All is guarded by the tree's lock; the writer and the
+ * worker look at the atomics without it, to learn whether the lock is worth
+ * taking. free_nodes counts those that were never carved, too, and with
+ * used_nodes makes up the capacity of all slabs. `reserved` is written by the
+ * writer only: nodes that must stay free for the changes that it has begun,
+ * or that wait in a delta. */
 struct kv_pool {
     struct kv_env *env;
     size_t node_bytes;
@@ -1243,13 +1274,20 @@ struct kv_pool {
     _Atomic size_t free_nodes;
     size_t used_nodes;
     size_t reserved;
-    size_t bytes;                 /* of all slabs */
+    size_t bytes;                 /* of all slabs, without `ahead` */
     _Atomic size_t empty_slabs;
     void *_Atomic ahead;          /* KV_SLAB_BYTES, touched; or NULL */
-    _Atomic bool ahead_wanted;
+    _Atomic bool ahead_wanted;    /* the worker should make another one */
 };
 
-/* A node's header; its arrays follow. Which ones depends on the level. */
+/*
+ * A node's header; its arrays follow. Which ones depends on the level.
+ *
+ * A node belongs to a pool's free list, to one version under construction, to
+ * all published versions that reach it, or to one dead list. `gen` says by
+ * whom it may be changed (E1) and, once dead, until when it must be kept.
+ * dead_next is written while readers are in the node: they never look at it.
+ */
 struct kv_node {
     uint64_t gen;                 /* of the version in which it was made */
     struct kv_node *dead_next;    /* in a dead list, or a slab's free list */
@@ -1261,7 +1299,9 @@ struct kv_node {
 _Static_assert(sizeof(struct kv_node) % 8 == 0, "heads must stay aligned");
 
 /* Slabs that are almost full come first, and are used first; empty ones come
- * last, so that they stay empty and can be given back. */
+ * last, so that they stay empty and can be given back. A slab comes back to
+ * the list with its first free node, so at the front; it moves to the end
+ * when its last node is given back. */
 static void kv_slab_link(struct kv_pool *pool, struct kv_slab *slab)
 {
     bool empty = slab->used == 0;
@@ -1290,7 +1330,11 @@ static void kv_slab_unlink(struct kv_pool *pool, struct kv_slab *slab)
         pool->open_last = slab->prev;
 }
 
-/* Pages of the system, aligned to their size, so that they can be huge. */
+/* Pages of the system, aligned to their size, so that they can be huge. NULL:
+ * there are none. Maps twice as much and gives back what is on both sides of
+ * the aligned part, because mmap aligns to small pages only; until then it
+ * needs the room of addresses, but no memory. That the pages will be huge is
+ * a wish: on a system that does not grant it nothing else changes. */
 static void *kv_slab_map(size_t bytes)
 {
 #if defined(MAP_ANONYMOUS)
@@ -1315,7 +1359,10 @@ static void *kv_slab_map(size_t bytes)
 /*
  * Makes the pool's next slab, and touches it. A writer that met fresh memory
  * would wait while the system clears it, for milliseconds on virtual machines
- * that must get it from their host first. Needs no lock.
+ * that must get it from their host first. Needs no lock: the slab passes from
+ * the background to the writer through `ahead`, by one exchange on each side,
+ * and is given back if `ahead` is taken. Without memory nothing happens: the
+ * writer will map for itself, and fail there if it must.
  */
 static void kv_pool_prepare(struct kv_pool *pool)
 {
@@ -1330,7 +1377,9 @@ static void kv_pool_prepare(struct kv_pool *pool)
         munmap(memory, KV_SLAB_BYTES);
 }
 
-/* KV_SLAB_BYTES, prepared where that is worth its memory. */
+/* KV_SLAB_BYTES, prepared where that is worth its memory: a small store
+ * should not hold 2 MiB that it may never use. NULL: there is no memory.
+ * Whoever calls owns what is returned. */
 static void *kv_pool_map(struct kv_pool *pool)
 {
     void *memory = atomic_exchange(&pool->ahead, NULL);
@@ -1339,7 +1388,16 @@ static void *kv_pool_map(struct kv_pool *pool)
     return memory ? memory : kv_slab_map(KV_SLAB_BYTES);
 }
 
-/* Adds a slab: an eighth of what there is, so that small stores stay small. */
+/*
+ * Adds a slab: an eighth of what there is, so that small stores stay small,
+ * but room for eight nodes at least. Above 1 MiB it takes a whole
+ * KV_SLAB_BYTES, which can be a huge page. room: the bytes that
+ * memory_bytes_max leaves; KVMETA_E_LIMIT if the slab is larger. After an
+ * error the pool is as it was.
+ *
+ * With realloc_fn all slabs come from the host, whose account of memory must
+ * be complete; nodes then start on a cache line that is found within.
+ */
 static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
                         struct kvmeta_error *err)
 {
@@ -1375,7 +1433,8 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
     return KVMETA_OK;
 }
 
-/* The slab must be empty. */
+/* Gives a slab back, which must be empty: nothing points into it then but its
+ * own free list. */
 static void kv_pool_drop(struct kv_pool *pool, struct kv_slab *slab)
 {
     assert(slab->used == 0);
@@ -1390,7 +1449,9 @@ static void kv_pool_drop(struct kv_pool *pool, struct kv_slab *slab)
     kv_free(pool->env, slab);
 }
 
-/* A free node must be there: see kv_tree_reserve. */
+/* A free node must be there: see kv_tree_reserve. Only its slab is set; the
+ * rest is what was there before. Takes one that has been used before if the
+ * slab has any: its lines may still be in a cache. */
 static struct kv_node *kv_pool_take(struct kv_pool *pool)
 {
     struct kv_slab *slab = pool->open;
@@ -1414,6 +1475,8 @@ static struct kv_node *kv_pool_take(struct kv_pool *pool)
     return node;
 }
 
+/* The opposite: the node must come from this pool, and nobody may see it any
+ * more. Never gives memory back to the system: see kv_pool_trim. */
 static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
 {
     struct kv_slab *slab = node->slab;
@@ -1431,7 +1494,9 @@ static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
     pool->used_nodes--;
 }
 
-/* Gives empty slabs back, but for one, and what is reserved. */
+/* Gives empty slabs back, but for one, and what is reserved (N1). The one
+ * that stays keeps a store whose size goes up and down by a few nodes from
+ * mapping and unmapping a slab each time. */
 static void kv_pool_trim(struct kv_pool *pool)
 {
     size_t keep = (size_t)kv_max(pool->reserved, KV_POOL_KEEP);
@@ -1445,15 +1510,17 @@ static void kv_pool_trim(struct kv_pool *pool)
     }
 }
 
-/* Without the lock: nobody takes nodes but the writer, who asks, and slabs
- * are not given back down to KV_POOL_KEEP free nodes. */
+/* Are so many nodes free, and will they be when they are taken? Without the
+ * lock: nobody takes nodes but the writer, who asks, and slabs are not given
+ * back down to KV_POOL_KEEP free nodes, reserved or not. */
 static bool kv_pool_has(const struct kv_pool *pool, size_t nodes)
 {
     assert(nodes <= KV_POOL_KEEP);
     return pool->free_nodes >= nodes;
 }
 
-/* All nodes must have been given back, but for those of the slabs' own. */
+/* All nodes must have been given back; so all slabs are on the list.
+ * Accepts a zeroed pool. */
 static void kv_pool_free(struct kv_pool *pool)
 {
     while (pool->open) {
