@@ -2061,7 +2061,8 @@ static void kv_tree_find_many(const struct kv_tree *t,
  * A reader announces itself in a slot before it loads the current version; a
  * holder (snapshot) counts itself in the version. The writer either copies
  * what it changes and publishes a new version, or, when nobody can see the
- * current one, closes the gate and changes it in place.
+ * current one, closes the gate and changes it in place. So nobody who reads
+ * ever waits for a lock, and a writer alone need not copy.
  *
  * (V1) a node is freed only when no version that may be read sees it; (V2) a
  * version is freed only when it is not current, not held, and no slot shows a
@@ -2070,10 +2071,42 @@ static void kv_tree_find_many(const struct kv_tree *t,
  * gate, then looks at the slots; the reader takes the slot, then looks at the
  * gate; all four are sequentially consistent, so one of them sees the other.
  *
+ *     reader (kv_tree_pin)               writer (kv_tree_close_gate)
+ *       1  mark its slot as used           1  gate := closed
+ *       2  slot := gen                     2  look at the used slots
+ *       3  gate open? load current         3  all free: change in place
+ *          closed? slot := free, retry        else: gate := open, and copy
+ *
+ * Whatever the order, it is not possible that the reader finds the gate open
+ * in 3 and the writer finds its slot free in 2. That the slot is marked as
+ * used before it is taken lets the writer skip those that never were: with a
+ * few threads it looks at a few lines and not at KV_SLOTS.
+ *
+ * Why V2 suffices: `gen` is stored after `current`, so what a reader writes
+ * to its slot is never above the version that it loads thereafter. A version
+ * is looked at for freeing only when a newer one is current. If a reader has
+ * loaded it, it had its slot before that, and the slot is seen; if its slot
+ * is not seen, it is going to load a newer version. A reader that becomes a
+ * holder counts itself while it is in the slot, and whoever frees looks at
+ * the slots before the counts: one of the two keeps the version.
+ *
+ * C11 atomics only, and no fences: so ThreadSanitizer, which does not know
+ * fences, can check all of this. The stores that free a slot or open the gate
+ * need no more than release: nothing is decided by their order with a load.
+ *
  * Dead lists: a node that version N replaced is on the list of the version
  * before it, the last that sees it. When that version is freed, the nodes
  * made after the version before that one are freed, the others move to its
  * list. So a snapshot costs the nodes changed since it was taken.
+ *
+ *     versions      gen 3 (held)      gen 4       gen 5 (current)
+ *     dead lists    a: made in 2      b: in 4     -
+ *                   c: made in 1      d: in 2
+ *
+ * Here version 4 replaced a and c, and version 5 replaced b and d. When 4 is
+ * freed, b goes with it, since only 4 saw it; d was there when 3 was made, so
+ * 3 sees it, and it moves to 3's list. The gen of a node decides; no tree is
+ * ever searched for it.
  * ========================================================================== */
 
 static struct kv_pool *kv_pool_of(struct kv_tree *t, const struct kv_node *node)
@@ -2081,12 +2114,18 @@ static struct kv_pool *kv_pool_of(struct kv_tree *t, const struct kv_node *node)
     return node->level == 0 ? &t->leaves : &t->inners;
 }
 
-/* For the holder of the commit right only: nobody else changes it. */
+/* For whoever is the only one who may publish: the holder of the commit
+ * right, or of the delta lock while the delta is not empty (D3); or before
+ * there are any threads. For others it may be freed at any moment. */
 static struct kv_version *kv_tree_current(const struct kv_tree *t)
 {
     return atomic_load_explicit(&t->current, memory_order_relaxed);
 }
 
+/* Where a thread begins to look for a free slot: always at the same one,
+ * so that the line stays in its processor's cache, and mostly at another
+ * one than other threads do. The multiplier is 2^64 / golden ratio; the
+ * top bits of the product depend on all bits of the thread's name. */
 static size_t kv_slot_first(void)
 {
     pthread_t self = pthread_self();
@@ -2098,8 +2137,17 @@ static size_t kv_slot_first(void)
 
 _Static_assert(KV_SLOTS == 64, "kv_slot_first gives 6 bits");
 
-/* The current version, which stays as it is until kv_tree_unpin. Waits only
- * while the gate is closed. */
+/*
+ * The current version, which stays as it is until kv_tree_unpin(*slot), but
+ * for puts that are added to its delta. Waits only while the gate is closed,
+ * for the few changes of one edit, or while all slots are taken, for one of
+ * those short reads. For short reads only: as long as a slot is taken,
+ * writers copy and memory is not reclaimed.
+ *
+ * With the gate closed it gives its slot back before it waits: the writer
+ * that has closed the gate does not wait for it, but one that is about to
+ * close it again would find the slot taken.
+ */
 static struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
 {
     size_t i = kv_slot_first();
@@ -2128,12 +2176,16 @@ static struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
     }
 }
 
+/* A writer that sees the slot free may change or free what was read.
+ * Nobody is woken; what is left to be freed waits for the next edit. */
 static void kv_tree_unpin(struct kv_tree *t, unsigned slot)
 {
     atomic_store_explicit(&t->slots[slot].gen, 0, memory_order_release);
 }
 
-/* The oldest gen that a slot may see; UINT64_MAX: no slot is taken. */
+/* The oldest gen that a slot may see; UINT64_MAX: no slot is taken. Slots
+ * that are taken while it looks may or may not be seen: callers rely only
+ * on those that were taken before (V2, V3). */
 static uint64_t kv_slots_oldest(struct kv_tree *t)
 {
     uint64_t oldest = UINT64_MAX;
@@ -2148,12 +2200,14 @@ static uint64_t kv_slots_oldest(struct kv_tree *t)
     return oldest;
 }
 
+/* Back to its pool: no version may see it, nor any reader be in it. */
 static void kv_node_free_locked(struct kv_tree *t, struct kv_node *node)
 {
     kv_pool_give(kv_pool_of(t, node), node);
 }
 
-/* Puts a node that `v` is the last to see on its list. */
+/* Puts a node that `v` is the last to see on its list. Owned by the list from
+ * then on. */
 static void kv_version_bury_locked(struct kv_tree *t, struct kv_version *v,
                                    struct kv_node *node)
 {
@@ -2164,8 +2218,10 @@ static void kv_version_bury_locked(struct kv_tree *t, struct kv_version *v,
     t->dead_bytes += kv_layout_of(t, node)->bytes;
 }
 
-/* Frees up to *budget nodes of a version that nobody can see; true when the
- * version itself is gone. */
+/* Frees up to *budget nodes of a version that nobody can see, and takes them
+ * off the budget; true when the version itself is gone. One whose budget ran
+ * out is as valid as before, with a shorter dead list. Not for the current
+ * version. */
 static bool kv_version_free_locked(struct kv_tree *t, struct kv_version *v,
                                    size_t *budget)
 {
@@ -2190,8 +2246,13 @@ static bool kv_version_free_locked(struct kv_tree *t, struct kv_version *v,
     return true;
 }
 
-/* Frees what nobody can see any more, up to KV_RECLAIM_MAX nodes of it, since
- * others wait for the lock. Returns whether there may be more. */
+/*
+ * Frees what nobody can see any more, up to KV_RECLAIM_MAX nodes of it, since
+ * others wait for the lock. Returns whether there may be more. Goes from old
+ * to new: what a held version is passed over for is freed by its holder's
+ * kv_tree_drop; a reader in a slot is in the way of all newer ones, too, so
+ * there it stops, and `unreclaimed` asks the next edit to try again.
+ */
 static bool kv_tree_reclaim_locked(struct kv_tree *t)
 {
     uint64_t pinned = kv_slots_oldest(t);
@@ -2214,12 +2275,17 @@ static bool kv_tree_reclaim_locked(struct kv_tree *t)
     return false;
 }
 
+/* Gives slabs back, if there is more than the one that may stay. */
 static void kv_tree_trim_locked(struct kv_tree *t)
 {
     if (t->leaves.empty_slabs > 1) kv_pool_trim(&t->leaves);
     if (t->inners.empty_slabs > 1) kv_pool_trim(&t->inners);
 }
 
+/* Ends a kv_tree_hold. Any thread; nothing read of `v` may be used
+ * afterwards. Whoever lets go of an old version frees what it alone has
+ * kept, however much that is, with the lock given away in between; writers
+ * do not pay for it. */
 static void kv_tree_drop(struct kv_tree *t, struct kv_version *v)
 {
     bool more = true;
