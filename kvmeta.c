@@ -2303,11 +2303,42 @@ static void kv_tree_drop(struct kv_tree *t, struct kv_version *v)
 /* ==========================================================================
  * Edits
  *
- * The only code that changes nodes. One writer at a time. (E1) a node is
+ * The only code that changes nodes. One writer at a time: the holder of the
+ * commit right, or of the delta lock while it settles a delta. (E1) a node is
  * changed only if it was made in the edit's own gen, and is copied first
  * otherwise; (E2) after kv_tree_reserve the changes cannot fail.
+ *
+ *     kv_tree_reserve -> kv_edit_begin -> kv_edit_apply ... -> publish
+ *                                                           -> abort
+ *
+ * An edit has one of two forms. A private one builds a version of its own, of
+ * a new gen. The first change to a node copies it, and everything above it up
+ * to the root; that is what keeps T5 true, and why it is enough to look at
+ * the gen of a node to know that its ancestors may be changed, too:
+ *
+ *         current, gen 7         private, gen 8: one record of D changed
+ *
+ *             A 7                    A' 8
+ *            /   \                  /   \
+ *         B 5     C 7            (B)     C' 8      (..) shared nodes
+ *         /       /  \                   /  \
+ *       ...     D 6  E 7             D' 8   (E)    A, C, D: replaced
+ *
+ * Publishing it makes A' current and puts A, C and D on the dead list of
+ * version 7; aborting frees A', C' and D', and nothing has happened.
+ *
+ * An edit in place works on the current version itself, with the gate closed
+ * until it is published: the caller must have all the memory that it needs,
+ * and must not wait for anything that takes long. Nodes of the current gen
+ * are changed where they are. Older ones are copied all the same, since a
+ * held version may see them, but only once: the copy is of the current gen.
+ * What was changed cannot be taken back, so such an edit may be aborted only
+ * while it is empty.
  * ========================================================================== */
 
+/* On the stack of the writer, from kv_edit_begin to publish or abort. The
+ * version is the edit's own until it is published, unless in_place. The nodes
+ * on `dead` are still the current version's, and readers may be in them. */
 struct kv_edit {
     struct kv_tree *tree;
     struct kv_version *version;   /* the state that is built */
@@ -2320,6 +2351,15 @@ struct kv_edit {
  * splits a leaf, and full inner nodes on the way. A leaf that was split or
  * filled up from a sibling has room for cap/16 before it splits again, which
  * bounds what many changes need by less than what each needs alone.
+ *
+ * `made` are the nodes that splits add: one for each change at most; and with
+ * many changes one for each leaf there is, which may all be full, and one for
+ * each cap/16 changes after that (kv_edit_make_room shifts half of a room of
+ * cap/8). The rest are copies: of a leaf and two siblings for each change,
+ * but of no leaf twice. Inner nodes likewise, where each split below counts
+ * as a change, and each level of the path is copied, with a sibling. The
+ * bounds are generous; what is not taken is free again when the edit ends.
+ * With the lock: it reads the pools.
  */
 static void kv_tree_need(const struct kv_tree *t, uint64_t n,
                          uint64_t *leaves, uint64_t *inners)
@@ -2333,6 +2373,8 @@ static void kv_tree_need(const struct kv_tree *t, uint64_t n,
     *inners = made + kv_min(2 * n * height, t->inners.used_nodes + made);
 }
 
+/* Sees to it that so many nodes are free in the pool, and stay so. What has
+ * been added to it before an error remains, until it is trimmed. */
 static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
                                   uint64_t nodes, bool limited,
                                   struct kvmeta_error *err)
@@ -2352,9 +2394,16 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
     return rc;
 }
 
-/* After OK, `changes` more puts and removes cannot fail, until the next
+/*
+ * After OK, `changes` more puts and removes cannot fail, until the next
  * publish or abort. limited: memory_bytes_max counts; not for removes alone,
- * or a store at its limit could not be made smaller. */
+ * or a store at its limit could not be made smaller. KVMETA_E_NOMEM or
+ * KVMETA_E_LIMIT leave nothing reserved; err may be NULL. For the writer.
+ *
+ * A single change, by far the most frequent, is mostly covered by what pools
+ * keep free anyway, and then takes no lock. A second call before the edit is
+ * over must state all changes since the first that are not made yet.
+ */
 static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
                            struct kvmeta_error *err)
 {
@@ -2380,7 +2429,10 @@ static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
     return rc;
 }
 
-/* Closes the gate, if nobody is inside and nobody holds the version. */
+/* Closes the gate, if nobody is inside and nobody holds the version: then
+ * nobody but the writer sees the current version until the gate is opened.
+ * The slots come first: once they are empty, and the gate is closed,
+ * nobody can begin to hold it. */
 static bool kv_tree_close_gate(struct kv_tree *t)
 {
     atomic_store(&t->gate, true);
@@ -2399,7 +2451,8 @@ static bool kv_tree_wants_slab(const struct kv_tree *t)
     return t->leaves.ahead_wanted && t->memory_bytes_max == 0;
 }
 
-/* The memory of a version, with its delta. */
+/* The memory of a version, with its delta; NULL: there is none. The delta's
+ * records need not be cleared, only the fingerprints and the count. */
 static struct kv_version *kv_version_new(const struct kv_tree *t)
 {
     size_t delta = (size_t)t->delta_cap * t->env->shape.record_bytes;
@@ -2410,7 +2463,9 @@ static struct kv_version *kv_version_new(const struct kv_tree *t)
 }
 
 /* The delta of the current version must be empty, unless the edit is to
- * empty it. Fails only if it needs a version and there is no spare one. */
+ * empty it. Fails only if it needs a version and there is no spare one. Each
+ * edit that was begun must be published or aborted, by the same thread and
+ * before the next one; until then e->version is what its reads should see. */
 static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
                          bool in_place_allowed, struct kvmeta_error *err)
 {
@@ -2424,6 +2479,8 @@ static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
         e->version = base;
         return KVMETA_OK;
     }
+    /* Nobody sees the new version before it is published, so all but the
+     * links to its neighbours is set here, without the lock. */
     v = t->spare ? t->spare : kv_version_new(t);
     if (!v) return kv_fail_memory(err, sizeof *v);
     t->spare = NULL;
@@ -2437,6 +2494,8 @@ static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
     return KVMETA_OK;
 }
 
+/* The value of a key in the state that is built so far, or NULL. Valid until
+ * the next change. */
 static const unsigned char *kv_edit_find(const struct kv_edit *e,
                                          const void *key)
 {
@@ -2455,7 +2514,8 @@ static void kv_index_make(const struct kv_tree *t, struct kv_node *node)
         index[line - 1] = heads[kv_line_first(line)];
 }
 
-/* An empty node, with its heads and its index padded (T4, T7). */
+/* An empty node, with its heads and its index padded (T4, T7). Rows and
+ * children are not cleared: nobody reads them beyond the count. */
 static void kv_node_init(const struct kv_tree *t, struct kv_node *node,
                          uint32_t level, uint64_t gen)
 {
@@ -2470,6 +2530,8 @@ static void kv_node_init(const struct kv_tree *t, struct kv_node *node,
         heads[i] = KV_HEAD_PAD;   /* the index follows the heads */
 }
 
+/* An empty node of the edit's gen, which must be filled before the edit is
+ * over (T3). Its memory has been reserved, so there always is one. */
 static struct kv_node *kv_edit_new(struct kv_edit *e, uint32_t level)
 {
     struct kv_tree *t = e->tree;
@@ -2482,7 +2544,15 @@ static struct kv_node *kv_edit_new(struct kv_edit *e, uint32_t level)
     return node;
 }
 
-/* A node that the version built no longer sees. */
+/*
+ * A node that the version built no longer sees. Three cases:
+ *
+ * - a private edit replaces a node of the current version: kept aside, for
+ *   readers are in it, and the edit may yet be aborted;
+ * - in place, a node that an older version sees: buried there right away. The
+ *   newest of the older versions is the last that can see it;
+ * - a node that only this edit's version has seen: free at once.
+ */
 static void kv_edit_retire(struct kv_edit *e, struct kv_node *node)
 {
     struct kv_tree *t = e->tree;
@@ -2500,7 +2570,9 @@ static void kv_edit_retire(struct kv_edit *e, struct kv_node *node)
     pthread_mutex_unlock(&t->lock);
 }
 
-/* The node in *ref, as one that may be changed (E1). */
+/* The node in *ref, as one that may be changed (E1): itself, or a copy that
+ * takes its place. *ref must be in a node that the edit owns, or be the root
+ * of its version. The old node must not be used by the edit any more. */
 static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
 {
     struct kv_node *old = *ref;
@@ -2509,6 +2581,8 @@ static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
 
     if (KV_LIKELY(old->gen == e->version->gen)) return old;
     assert(old->gen < e->version->gen);
+    /* All three arrays, as far as they are used: the new node's heads are
+     * padded already, and an inner node's last row is never read. */
     node = kv_edit_new(e, old->level);
     node->count = old->count;
     memcpy(kv_heads(node), kv_heads(old), 8 * (size_t)old->count);
@@ -2530,7 +2604,8 @@ static size_t kv_node_keys(const struct kv_node *node)
 }
 
 /* Copies n heads and rows, within a node or from one to another: the keys of
- * an inner node, the records of a leaf. */
+ * an inner node, the records of a leaf. Both nodes are of one level; ranges
+ * within a node may overlap. `from` keeps its count, and its heads. */
 static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
                          size_t to_i, const struct kv_node *from,
                          size_t from_i, size_t n)
@@ -2542,6 +2617,8 @@ static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
         memmove(kv_row(t, to, to_i), kv_row(t, from, from_i), n * row_bytes);
 }
 
+/* Copies n children likewise. Counts are left to the caller in both, and so
+ * is the padding behind the last key. */
 static void kv_children_move(const struct kv_tree *t, struct kv_node *to,
                              size_t to_i, const struct kv_node *from,
                              size_t from_i, size_t n)
@@ -2550,6 +2627,7 @@ static void kv_children_move(const struct kv_tree *t, struct kv_node *to,
             n * sizeof to);
 }
 
+/* Writes a key only; a leaf's value is not touched. */
 static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
                        struct kv_probe p)
 {
@@ -2566,14 +2644,17 @@ static struct kv_probe kv_key_at(const struct kv_tree *t,
     return p;
 }
 
-/* Restores T4 after keys were taken from the end; `before` were there. */
+/* Restores T4 after keys were taken from the end; `before` were there. Called
+ * with the new count in place. */
 static void kv_node_pad(struct kv_node *node, size_t before)
 {
     for (size_t i = kv_node_keys(node); i < before; i++)
         kv_heads(node)[i] = KV_HEAD_PAD;
 }
 
-/* Makes `child` the child at i > 0 of a node with room. */
+/* Makes `child` the child at i > 0 of a node with room; `separator` comes to
+ * stand before it. It may point into another node, but not into this one,
+ * whose rows move first. */
 static void kv_inner_insert(const struct kv_tree *t, struct kv_node *node,
                             size_t i, struct kv_probe separator,
                             struct kv_node *child)
@@ -2590,7 +2671,9 @@ static void kv_inner_insert(const struct kv_tree *t, struct kv_node *node,
     kv_index_make(t, node);
 }
 
-/* Takes out child i, with the separator before it (or behind the first). */
+/* Takes out child i, with the separator before it (or behind the first).
+ * May leave a node without children, which the caller has to take out in
+ * turn. The child itself is not retired. */
 static void kv_inner_remove(const struct kv_tree *t, struct kv_node *node,
                             size_t i)
 {
@@ -2605,7 +2688,13 @@ static void kv_inner_remove(const struct kv_tree *t, struct kv_node *node,
     kv_index_make(t, node);
 }
 
-/* Moves the upper part of child i, from `keep` on, to a new right sibling. */
+/*
+ * Moves the upper part of child i, from `keep` on, to a new right sibling.
+ * The edit owns parent and child, and the parent has room.
+ *
+ *     leaf    [a b c d] -> [a b] c [c d]     the separator is a copy
+ *     inner   [A b B c C d D] -> [A b B] c [C d D]     it moves up
+ */
 static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
                           size_t keep)
 {
@@ -2633,8 +2722,10 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     kv_index_make(t, right);
 }
 
-/* Moves n records from one leaf to its neighbour; i is the left one's place
- * in the parent. */
+/* Moves n records from one leaf to its neighbour, which has room for them;
+ * i is the left one's place in the parent, which the edit owns. The
+ * separator becomes the first key of the right leaf; neither leaf becomes
+ * empty. */
 static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
                           size_t n, bool to_left)
 {
@@ -2664,9 +2755,22 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
     kv_index_make(t, parent);
 }
 
-/* Makes room in the full leaf at i: gives half of what a sibling has room for
+/*
+ * Makes room in the full leaf at i: gives half of what a sibling has room for
  * to it, or splits. At the right edge of the tree, where ascending keys go,
- * it leaves the leaf full and begins a new one. */
+ * it leaves the leaf full and begins a new one.
+ *
+ * Shifting first keeps leaves fuller than splitting alone would, at random
+ * inserts, too. A sibling with room for less than an eighth is not worth it:
+ * the leaf would be full again soon, and a shift may have to copy the
+ * sibling.
+ *
+ *     append   [full] | end      -> [all but its last] [last, and the new]
+ *     shift    [  ] [full]       -> [half of the room filled] [the rest]
+ *     split    [full] [full]     -> [half] [half] [full]
+ *
+ * The caller then looks the key's leaf up again: it can be either of the two.
+ */
 static void kv_edit_make_room(struct kv_edit *e, struct kv_node *parent,
                               size_t i, bool append)
 {
@@ -2688,7 +2792,8 @@ static void kv_edit_make_room(struct kv_edit *e, struct kv_node *parent,
         kv_edit_split(e, parent, i, cap / 2);
 }
 
-/* A new root above the one that is full. */
+/* A new root above the one that is full, with that as its only child: the
+ * caller splits it at once. */
 static void kv_edit_raise(struct kv_edit *e)
 {
     struct kv_version *v = e->version;
@@ -2701,6 +2806,7 @@ static void kv_edit_raise(struct kv_edit *e)
     v->height++;
 }
 
+/* An inner node is full by its children: it has room for one key more. */
 static bool kv_node_full(const struct kv_tree *t, const struct kv_node *node)
 {
     return node->count == kv_layout_of(t, node)->cap;
@@ -2719,8 +2825,10 @@ static bool kv_leaf_ends_before(const struct kv_tree *t,
 
 /*
  * The leaf for the key, owned, with its path. A full inner node on the way is
- * split before it is entered, so there is always room above a leaf. The right
- * edge is split at its end: ascending keys leave full nodes behind.
+ * split before it is entered, so there is always room above a leaf, and no
+ * way back up is needed (Cormen et al., Introduction to Algorithms, 18.2).
+ * The leaf itself may be full. The right edge is split at its end: ascending
+ * keys leave full nodes behind.
  */
 static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
 {
@@ -2740,6 +2848,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
         struct kv_node *child = kv_children(t, node)[i];
         bool last = edge && i + 1 == node->count;
 
+        /* The split, or the copy, of a leaf touches all of it. */
         if (node->level == 1) kv_node_prefetch(child, t->leaf.bytes);
         if (child->level > 0 && KV_UNLIKELY(kv_node_full(t, child))) {
             (void)kv_edit_own(e, &kv_children(t, node)[i]);
@@ -2753,7 +2862,8 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
     return node;
 }
 
-/* The place must be free: see kv_leaf_insert, or the end. */
+/* The place must be free: see kv_leaf_insert, or the end. Whether the keys
+ * ascend is the caller's affair; so are count and digest of the version. */
 static void kv_leaf_set(const struct kv_tree *t, struct kv_node *leaf,
                         size_t i, struct kv_probe p, const void *value)
 {
@@ -2773,12 +2883,16 @@ static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
     kv_leaf_set(t, leaf, i, p, value);
 }
 
-/* The path to a leaf: nodes and the child taken in each. */
+/* The path to a leaf: nodes and the child taken in each, by level;
+ * index[0] is for those who have a use for a place in the leaf. Valid
+ * until one of its nodes is copied, split or joined; on the stack, so that
+ * no search needs memory. */
 struct kv_path {
     struct kv_node *nodes[KV_HEIGHT_MAX];   /* by level */
     size_t index[KV_HEIGHT_MAX];
 };
 
+/* The path on which the key would be found. index[0] is not set. */
 static void kv_path_find(const struct kv_tree *t, struct kv_node *root,
                          struct kv_probe p, struct kv_path *path)
 {
@@ -2794,7 +2908,9 @@ static void kv_path_find(const struct kv_tree *t, struct kv_node *root,
     }
 }
 
-/* Inserts into a leaf that is full: rare, so it finds the parent again. */
+/* Inserts into a leaf that is full: rare, so it finds the parent again.
+ * The path is the edit's own, and the parent has room: kv_edit_descend has
+ * seen to both. It is an append if each step of the path is the last one. */
 KV_NOINLINE
 static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
                                 const void *value)
@@ -2820,7 +2936,9 @@ static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
 }
 
 /* Puts at the i-th place of the leaf, where the key belongs; match: there is
- * a record with this key, which is replaced. value must not be NULL. */
+ * a record with this key, which is replaced. value must not be NULL. The edit
+ * owns the leaf. All puts but those of kv_edit_append end here, and keep the
+ * version's count and digest (T6). */
 static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
                            bool match, struct kv_probe p, const void *key,
                            const void *value)
@@ -2828,6 +2946,7 @@ static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
 
+    /* Before the leaf changes: the old value is read from its place. */
     kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key, value));
     if (match) {
         unsigned char *old = kv_value(t, leaf, i);
@@ -2843,8 +2962,9 @@ static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
         kv_edit_insert_full(e, p, value);
 }
 
-/* Puts a record; leaf: where the key belongs, if that is known, or NULL.
- * True: one was replaced. */
+/* Puts a record; leaf: where the key belongs, if that is known, or NULL. A
+ * leaf that is handed in must be the edit's own and have room. True: a record
+ * was replaced. */
 static bool kv_edit_put(struct kv_edit *e, struct kv_node *leaf,
                         struct kv_probe p, const void *key, const void *value)
 {
@@ -2858,7 +2978,9 @@ static bool kv_edit_put(struct kv_edit *e, struct kv_node *leaf,
 }
 
 /* Joins child i of a node with its right sibling, when both together leave
- * some room. */
+ * some room: a full node would be split by the next put. The separator
+ * between two inner nodes comes down between their keys. The left node may
+ * be replaced by a copy; the right one is retired without one. */
 static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
 {
     const struct kv_tree *t = e->tree;
@@ -2881,13 +3003,20 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
     return true;
 }
 
-/* Mends the path above a leaf that lost a record: joins nodes that are less
- * than a quarter full, takes out empty ones, lowers the root. */
+/*
+ * Mends the path above a leaf that lost a record: joins nodes that are less
+ * than a quarter full, takes out empty ones, lowers the root. A level that
+ * stays as it is ends the climb, for nothing above it has changed. Nodes may
+ * stay small, where both siblings are too full to join: that costs memory and
+ * breaks no rule, whereas evening them out would cost copies on each removal.
+ * The edit owns the path.
+ */
 static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
 {
     const struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
 
+    /* Each round may take one child out of `parent`; the next looks at it. */
     for (uint32_t level = 0; level + 1 < v->height; level++) {
         struct kv_node *node = path->nodes[level];
         struct kv_node *parent = path->nodes[level + 1];
@@ -2902,6 +3031,8 @@ static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
             break;
         }
     }
+    /* A root with one child is not needed, and what it hands over to may have
+     * one child, too: loading leaves such nodes at the right edge. */
     while (v->root->level > 0 && v->root->count <= 1) {
         struct kv_node *old = v->root;
 
@@ -2917,7 +3048,9 @@ static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
     }
 }
 
-/* True: there was a record. */
+/* True: there was a record. Looks first, so that removing what is not there
+ * copies nothing. `value` points into a leaf that the next lines may replace:
+ * it is used before. */
 static bool kv_edit_remove(struct kv_edit *e, const void *key)
 {
     struct kv_tree *t = e->tree;
@@ -2935,6 +3068,7 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
     kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, value));
     v->count--;
 
+    /* From the top, so that each node that is replaced is in an owned one. */
     path.nodes[v->height - 1] = kv_edit_own(e, &v->root);
     for (uint32_t level = v->height - 1; level > 0; level--) {
         struct kv_node *node = path.nodes[level];
@@ -2953,15 +3087,34 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
     return true;
 }
 
-/* value NULL: a removal. */
+/* value NULL: a removal. Both belong to the caller of the edit; where values
+ * have no bytes any pointer that is not NULL makes a put. */
 struct kv_change {
     const void *key;
     const void *value;
 };
 
 /*
+ * Hints. kv_edit_apply looks all its keys up before it makes the first
+ * change, and each put gets the leaf and the place that were found for it.
+ * The puts before it may have made that wrong, in three ways: records of the
+ * leaf have moved by a place or more; the leaf was split, or shared with a
+ * sibling; its place is taken by an equal key. What a put believes is
+ * therefore decided by the leaf as it is now, from the cheapest question to
+ * the dearest:
+ *
+ *     kv_leaf_unmoved     between its neighbours still: use leaf and place
+ *     kv_leaf_accepts     between first and last still: search the leaf
+ *     otherwise           search from the root
+ *
+ * The leaves of hints are always the edit's own, since a copy would make the
+ * hint point to the old one, and have room, since a full one needs its
+ * parent.
+ *
  * Can the key go into this leaf, where it belonged a few puts ago? It can if
- * the leaf has room, and holds smaller and larger keys.
+ * the leaf has room, and holds smaller and larger keys: then its place is
+ * between them, whatever was split off or shifted since. Heads alone decide;
+ * a key that shares the first or the last head is searched for anew.
  */
 static bool kv_leaf_accepts(const struct kv_edit *e,
                             const struct kv_node *leaf, int64_t head)
@@ -2973,8 +3126,10 @@ static bool kv_leaf_accepts(const struct kv_edit *e,
         && head < heads[leaf->count - 1];
 }
 
-/* The same, and is its place still the one that it was? Reads one line, and
- * does not know keys that share a head. *match: the key is there. */
+/* The same, and is its place still the one that it was? Reads one line,
+ * and does not know keys that share a head. *match: the key is there. The
+ * heads on both sides of the place must be below and not below the key's;
+ * the first place has none below it in this leaf, so it is searched for. */
 static bool kv_leaf_unmoved(const struct kv_edit *e,
                             const struct kv_node *leaf, size_t place,
                             struct kv_probe p, bool *match)
@@ -3012,6 +3167,7 @@ static void kv_leaf_prefetch(const struct kv_edit *e,
         KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
 }
 
+/* The tree must have records. */
 static struct kv_node *kv_tree_last_leaf(const struct kv_tree *t,
                                          const struct kv_version *v)
 {
@@ -3021,8 +3177,10 @@ static struct kv_node *kv_tree_last_leaf(const struct kv_tree *t,
     return node;
 }
 
-/* Puts records that ascend behind the last one of the tree. Only those that
- * find the last leaf full, or not owned, need a search. Returns how many. */
+/* Puts records that ascend behind the last one of the tree. Only those
+ * that find the last leaf full, or not owned, need a search. Returns how
+ * many it took from the front of `changes`: up to the first that is a
+ * removal, or does not have a larger head than the tree's last record. */
 static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
                              const struct kv_probe *probes, size_t n)
 {
@@ -3035,6 +3193,7 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
         const void *key = changes[i].key;
         const void *value = changes[i].value;
 
+        /* An equal head could be the last key itself, or one below it. */
         if (probes[i].head <= kv_heads(leaf)[leaf->count - 1]) break;
         if (leaf->gen != v->gen || kv_node_full(t, leaf)) {
             (void)kv_edit_put(e, NULL, probes[i], key, value);
@@ -3050,7 +3209,8 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
 }
 
 /* Fetches what many changes touch, so that their cache misses overlap: first
- * the paths, then what each will need of its leaf. A leaf that will be copied
+ * the paths, then what each will need of its leaf. leaves, places: hints for
+ * kv_edit_put_near, good until the next removal. A leaf that will be copied
  * is not handed out: once it has been, others may free it. */
 static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
                          size_t n, const struct kv_node **leaves,
@@ -3064,8 +3224,9 @@ static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
     }
 }
 
-/* Puts into a leaf where the key belonged at `place` a few puts ago; leaf NULL:
- * not known. True: a record was replaced. */
+/* Puts into a leaf where the key belonged at `place` a few puts ago; leaf
+ * NULL: not known. Believes the whole hint, the leaf only, or none of it.
+ * True: a record was replaced. */
 static bool kv_edit_put_near(struct kv_edit *e, struct kv_node *leaf,
                              size_t place, struct kv_probe p,
                              const struct kv_change *change)
@@ -3080,8 +3241,16 @@ static bool kv_edit_put_near(struct kv_edit *e, struct kv_node *leaf,
     return match;
 }
 
-/* Applies up to KV_BATCH changes in their order. found[i]: there was such a
- * record. */
+/*
+ * Applies up to KV_BATCH changes in their order. found[i]: there was such a
+ * record. Memory for them has been reserved, so it cannot fail.
+ *
+ * What ascends behind the end of the tree goes there without a search. For
+ * the rest, if it is worth it, all searches are made side by side before the
+ * first change. What they found is checked before it is used, since the
+ * changes in between may have moved or split what was there; removals may
+ * even have freed it, so after one nothing of it is used any more.
+ */
 static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
                           size_t n, bool *found)
 {
@@ -3096,7 +3265,7 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
         probes[k] = kv_probe_make(t, changes[k].key);
     if (e->version->root) {
         i = kv_edit_append(e, changes, probes, n);
-        memset(found, 0, i * sizeof *found);
+        memset(found, 0, i * sizeof *found);   /* all of them were new */
         if (n - i >= KV_WARM_MIN)
             kv_edit_warm(e, probes + i, n - i, leaves + i, places + i);
     }
@@ -3113,6 +3282,7 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
     }
 }
 
+/* What was reserved and not taken is free again. */
 static void kv_edit_end_locked(struct kv_edit *e)
 {
     struct kv_tree *t = e->tree;
@@ -3123,7 +3293,8 @@ static void kv_edit_end_locked(struct kv_edit *e)
 }
 
 /* Frees as much as the edit has replaced, and then some: what is no longer
- * seen must not pile up behind large batches. */
+ * seen must not pile up behind large batches. In rounds, between which others
+ * get the lock. What a reader is in the way of stays for a later edit. */
 static void kv_edit_reclaim(struct kv_edit *e, size_t buried)
 {
     struct kv_tree *t = e->tree;
@@ -3138,7 +3309,16 @@ static void kv_edit_reclaim(struct kv_edit *e, size_t buried)
     }
 }
 
-/* Makes the state built the current one, as of commit `seq`. */
+/*
+ * Makes the state built the current one, as of commit `seq`. Cannot fail.
+ * From its return on, new readers see the new state; those who pinned before
+ * go on with the old one, or with the gate closed there are none.
+ *
+ * Private: the order of the stores matters. The old version's dead list is
+ * complete before anybody may free it, and `gen` follows `current`, never the
+ * other way round (V2). In place: opening the gate publishes everything; the
+ * lock is taken only if there is something left to do under it.
+ */
 static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
 {
     struct kv_tree *t = e->tree;
@@ -3148,6 +3328,7 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
 
     v->seq = seq;
     if (e->in_place) {
+        /* Only the writer counts, so no locked addition is needed. */
         atomic_store_explicit(&t->in_place, t->in_place + 1,
                               memory_order_relaxed);
         atomic_store_explicit(&t->gate, false, memory_order_release);
@@ -3157,6 +3338,7 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
         kv_edit_reclaim(e, 0);
         return;
     }
+    /* One hold of the lock for all of it: reclaiming walks the links. */
     pthread_mutex_lock(&t->lock);
     t->copied++;
     v->older = base;
@@ -3175,7 +3357,8 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
 }
 
 /* Frees the nodes below and at `root` that were made in gen or later: those
- * have only such ancestors (T5). Depth-first, without recursion. */
+ * have only such ancestors (T5), so all of them are met. gen 0: all nodes.
+ * Depth-first, without recursion; path.index is the child that is next. */
 static void kv_tree_free_nodes_locked(struct kv_tree *t, struct kv_node *root,
                                       uint64_t gen)
 {
@@ -3192,6 +3375,7 @@ static void kv_tree_free_nodes_locked(struct kv_tree *t, struct kv_node *root,
         if (level > 0 && path.index[level] < node->count) {
             struct kv_node *child = kv_children(t, node)[path.index[level]++];
 
+            /* Shared with an older version, and all below it, too (T5). */
             if (child->gen < gen) continue;
             path.nodes[--level] = child;
             path.index[level] = 0;
@@ -3203,7 +3387,9 @@ static void kv_tree_free_nodes_locked(struct kv_tree *t, struct kv_node *root,
     }
 }
 
-/* Forgets the state built. In place: nothing may have been changed. */
+/* Forgets the state built. In place: nothing may have been changed. Else the
+ * nodes of the edit's gen are the edit's own, and go; those on e->dead are in
+ * the current version, as they were all the time. */
 static void kv_edit_abort(struct kv_edit *e)
 {
     struct kv_tree *t = e->tree;
