@@ -3419,8 +3419,32 @@ static void kv_edit_abort(struct kv_edit *e)
  * memory is reserved, so settling cannot fail; (D3) it is empty while another
  * edit is under way, so nobody settles beside that; (D4) it stays empty in a
  * version that is held, so such versions are immutable.
+ *
+ *     struct kv_version                          behind it, delta_cap places
+ *     [ 32 fingerprints | count | root ... dead ][ record 0 | record 1 | .. ]
+ *
+ * A put writes its record, then its fingerprint, then the count; the store of
+ * the count releases the other two. A reader compares fingerprints first, and
+ * reads count and records only if one fits. Because it may do so while puts
+ * arrive, two looks at one delta can differ by the puts in between: one look
+ * is one state, two are not.
+ *
+ * How the rules are kept. D2: the first put after a settling reserves memory
+ * for a full delta, and a version for the case that a reader is in the way;
+ * who gets none makes that one put by an edit. D3: an edit of the holder of
+ * the commit right begins with kv_tree_now, which empties the delta, and only
+ * he could add to it; other threads find it empty and leave the tree alone.
+ * While it is not empty, the commit right is not needed to settle, and the
+ * delta lock is enough. D4: kv_tree_hold settles under the delta lock, and
+ * the next put makes a version current that nobody holds (kv_delta_renew)
+ * before it starts a delta there.
+ *
+ * The log does not know of deltas: each put is a commit with a number of its
+ * own, in the log buffer like any other, whose room is reserved beforehand.
  * ========================================================================== */
 
+/* The i-th record, key and value, behind the struct. For the holder of the
+ * delta lock i may be the count: where the next one goes. */
 static unsigned char *kv_delta_record(const struct kv_tree *t,
                                       const struct kv_version *v, size_t i)
 {
@@ -3428,6 +3452,7 @@ static unsigned char *kv_delta_record(const struct kv_tree *t,
         + i * t->env->shape.record_bytes;
 }
 
+/* Pairs with the store in kv_delta_put: the records below it are complete. */
 static size_t kv_delta_count(const struct kv_version *v)
 {
     return atomic_load_explicit(&v->delta_count, memory_order_acquire);
@@ -3435,8 +3460,10 @@ static size_t kv_delta_count(const struct kv_version *v)
 
 #define KV_PRINT_MULTIPLIER 0x9e3779b97f4a7c15ull   /* 2^64 / golden ratio */
 
-/* A key's fingerprint, by Fibonacci hashing (Knuth, volume 3, 6.4); 0 is that
- * of a free place. */
+/* A key's fingerprint, by Fibonacci hashing (Knuth, volume 3, 6.4); 0 is
+ * that of a free place, so all others are odd. It depends on the first and
+ * the last 8 bytes of the key: those between could only save a look at a
+ * record. */
 static uint64_t kv_delta_print(const struct kv_tree *t, const void *key)
 {
     const struct kv_shape *shape = &t->env->shape;
@@ -3448,8 +3475,15 @@ static uint64_t kv_delta_print(const struct kv_tree *t, const void *key)
     return (hash * KV_PRINT_MULTIPLIER) >> 48 | 1;
 }
 
-/* Can the delta have a put with this key? It has not, mostly; and while
- * another thread puts, this is the only line of the delta that is read. */
+/*
+ * Can the delta have a put with this key? It has not, mostly; and while
+ * another thread puts, this is the only line of the delta that is read. False
+ * is certain for all puts that the caller could know of.
+ *
+ * Four fingerprints to a word, each compared by exclusive or, and the words
+ * searched for 16 bits that are zero: Warren, Hacker's Delight, 6-1. Borrows
+ * can make the bits above a zero look like zeros, too, but not without one.
+ */
 static bool kv_delta_may_have(const struct kv_tree *t,
                               const struct kv_version *v, const void *key)
 {
@@ -3466,6 +3500,8 @@ static bool kv_delta_may_have(const struct kv_tree *t,
     return (zeros & ones << 15) != 0;
 }
 
+/* Place i must be free. Only one thread writes, so load and store may be two
+ * steps. */
 static void kv_delta_print_set(struct kv_version *v, size_t i, uint64_t print)
 {
     uint64_t prints = atomic_load_explicit(&v->delta_prints[i / 4],
@@ -3475,6 +3511,7 @@ static void kv_delta_print_set(struct kv_version *v, size_t i, uint64_t print)
                           prints | print << i % 4 * 16, memory_order_relaxed);
 }
 
+/* Only with the gate closed: no reader may meet the half of it. */
 static void kv_delta_clear(struct kv_version *v)
 {
     for (size_t i = 0; i < KV_BATCH / 4; i++)
@@ -3482,7 +3519,9 @@ static void kv_delta_clear(struct kv_version *v)
     atomic_store_explicit(&v->delta_count, 0, memory_order_relaxed);
 }
 
-/* The value of the last put with this key, or NULL. */
+/* The value of the last put with this key, or NULL. Valid as long as the
+ * version is pinned: records are not moved, and not written twice before the
+ * delta is cleared. */
 static const unsigned char *kv_delta_find(const struct kv_tree *t,
                                           const struct kv_version *v,
                                           const void *key)
@@ -3500,7 +3539,8 @@ static const unsigned char *kv_delta_find(const struct kv_tree *t,
     return NULL;
 }
 
-/* Memory for as many puts as a delta takes, and for settling them. */
+/* Memory for as many puts as a delta takes, and for settling them. After an
+ * error nothing is reserved; a spare version that was made is kept. */
 static int kv_delta_reserve(struct kv_tree *t)
 {
     if (!t->spare) t->spare = kv_version_new(t);
@@ -3508,6 +3548,17 @@ static int kv_delta_reserve(struct kv_tree *t)
     return kv_tree_reserve(t, t->delta_cap, true, NULL);
 }
 
+/*
+ * Brings the puts of the delta into the tree; afterwards the current
+ * version's delta is empty. By any thread, under the delta lock. The edit
+ * cannot fail, as all that it needs was reserved when the delta was begun
+ * (D2), and nothing was published since.
+ *
+ * In place if no reader looks, and then the delta is cleared before the gate
+ * opens: at no moment does a reader find a put in neither. Else a version
+ * with an empty delta becomes current, and the old one keeps its delta for
+ * those who read it.
+ */
 static void kv_delta_settle_locked(struct kv_tree *t)
 {
     struct kv_version *v = kv_tree_current(t);
@@ -3530,7 +3581,8 @@ static void kv_delta_settle_locked(struct kv_tree *t)
     kv_edit_publish(&e, v->seq + n);
 }
 
-/* Makes a version current that nobody holds, with the same records. */
+/* Makes a version current that nobody holds, with the same records. The delta
+ * must be empty. KVMETA_E_NOMEM. */
 static int kv_delta_renew(struct kv_tree *t)
 {
     struct kv_edit e;
@@ -3541,7 +3593,9 @@ static int kv_delta_renew(struct kv_tree *t)
 }
 
 /* The number of puts in the delta, with room for another one; negative: an
- * error, there is no memory. */
+ * error, there is no memory, and the delta is empty. For the holder of the
+ * commit right. That a delta has puts means that memory for the rest of it is
+ * reserved, and that nobody holds its version. */
 static int kv_delta_room_locked(struct kv_tree *t)
 {
     size_t n = kv_delta_count(kv_tree_current(t));
@@ -3555,7 +3609,8 @@ static int kv_delta_room_locked(struct kv_tree *t)
 
 /* Adds a put to the delta, as the next commit; *seq gets its number. False:
  * it must go into the tree, since there is no memory for a whole delta, or
- * records are too wide for one. */
+ * records are too wide for one. For the holder of the commit right, who must
+ * have reserved what its log entry needs: the put can be seen at once. */
 static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
                          uint64_t *seq)
 {
@@ -3581,8 +3636,9 @@ static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
     return n >= 0;
 }
 
-/* The state now, all of it in the tree. For the holder of the commit right,
- * for whom it stays so. */
+/* The state now, all of it in the tree. For the holder of the commit
+ * right, for whom it stays so until his own next edit or put; or before
+ * there are any threads. */
 static struct kv_version *kv_tree_now(struct kv_tree *t)
 {
     pthread_mutex_lock(&t->delta_lock);
@@ -3591,7 +3647,9 @@ static struct kv_version *kv_tree_now(struct kv_tree *t)
     return kv_tree_current(t);
 }
 
-/* Pins the current version, with an empty delta. */
+/* Pins the current version, with an empty delta, which stays empty while
+ * the caller has the delta lock. A slot that was kept over the settling
+ * would stop that from working in place. */
 static struct kv_version *kv_tree_pin_settled_locked(struct kv_tree *t,
                                                      unsigned *slot)
 {
@@ -3603,7 +3661,10 @@ static struct kv_version *kv_tree_pin_settled_locked(struct kv_tree *t,
     return kv_tree_pin(t, slot);
 }
 
-/* The current version, for as long as the caller likes. */
+/* The current version, for as long as the caller likes: until
+ * kv_tree_drop. It does not change in any way meanwhile (D4), and may be
+ * read by many threads. Writers then copy what they change, for this
+ * version only once. Any thread; waits for no I/O. Cannot fail. */
 static struct kv_version *kv_tree_hold(struct kv_tree *t)
 {
     struct kv_version *v;
@@ -3623,7 +3684,7 @@ struct kv_totals {
     uint64_t seq;
 };
 
-/* What the state now amounts to. */
+/* What the state now amounts to. The three belong together. */
 static struct kv_totals kv_tree_totals(struct kv_tree *t)
 {
     const struct kv_version *v;
@@ -3640,7 +3701,9 @@ static struct kv_totals kv_tree_totals(struct kv_tree *t)
     return totals;
 }
 
-/* The value of a key in a pinned version, or NULL. */
+/* The value of a key in a pinned version, or NULL. Looking at the delta first
+ * is not needed for a right answer, as both stay while the version is pinned,
+ * but it is the last put that counts. */
 static const unsigned char *kv_tree_get(const struct kv_tree *t,
                                         const struct kv_version *v,
                                         const void *key)
@@ -3651,7 +3714,8 @@ static const unsigned char *kv_tree_get(const struct kv_tree *t,
     return value ? value : kv_tree_find(t, v, key);
 }
 
-/* The same for up to KV_BATCH keys. */
+/* The same for up to KV_BATCH keys; what is in the delta replaces what the
+ * tree had. */
 static void kv_tree_get_many(const struct kv_tree *t,
                              const struct kv_version *v,
                              const unsigned char *keys, size_t n,
