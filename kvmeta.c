@@ -3741,11 +3741,33 @@ static void kv_tree_get_many(const struct kv_tree *t,
  *
  * A path through a held version. Moving within a leaf touches the cursor
  * only. Carries (K1): i < n, the records of the leaf, or n is 0.
+ *
+ * The version is held by whoever made the cursor, so it has an empty delta
+ * and does not change (D4): a cursor takes no lock, cannot fail, and owns
+ * nothing that would have to be freed. One thread at a time may use it; many
+ * cursors may be in one version. Movers return whether there is a record. One
+ * that finds none leaves the cursor on none, where next and prev stay until
+ * it is placed anew.
+ *
+ * A pinned version would do for reading, but not while the caller thinks: a
+ * slot that is taken keeps writers from working in place, and memory from
+ * being freed.
+ *
+ *     level 2            [ . . X . ]       path.index[2] = 2
+ *                             \
+ *     level 1            [ . . . Y ]       path.index[1] = 3: the last
+ *                               \
+ *     level 0          [ r r r r r R ]     i = 5 of n = 6: the last
+ *
+ * From R, next climbs to level 2, the lowest that has a child to the right of
+ * the path, steps to index 3 there, and falls to the first record below it.
  * ========================================================================== */
 
 /* A key with the whole of its head, even if it is shorter than that. */
 enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
 
+/* `heads` and `row` are what a step needs of path.nodes[0]; path.index[0] is
+ * not kept up to date, `i` is. The path above is valid while n > 0. */
 struct kv_cursor {
     const struct kv_tree *tree;
     const struct kv_version *version;
@@ -3758,6 +3780,7 @@ struct kv_cursor {
     struct kv_path path;          /* down to the leaf */
 };
 
+/* On no record of a version that outlives the cursor. Nothing to undo. */
 static void kv_cursor_init(const struct kv_tree *t,
                            const struct kv_version *v, struct kv_cursor *c)
 {
@@ -3768,7 +3791,7 @@ static void kv_cursor_init(const struct kv_tree *t,
     c->tail_bytes = t->env->shape.tail_bytes;
 }
 
-/* To the i-th record of a leaf. */
+/* To the i-th record of a leaf, whose path has been set. */
 static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
                             size_t i)
 {
@@ -3779,7 +3802,8 @@ static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
     assert(i < c->n);
 }
 
-/* Goes from the node at `level` down to its first, or last, record. */
+/* Goes from the node at `level`, which is on the path, down to its first, or
+ * last, record. There is one: no node is empty (T3). */
 static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
 {
     const struct kv_tree *t = c->tree;
@@ -3825,7 +3849,11 @@ static void kv_leaf_prefetch_far(const struct kv_tree *t,
         KV_PREFETCH_L2(kv_node_at(leaf, off));
 }
 
-/* To the neighbouring leaf; false at the end of the tree. */
+/* To the neighbouring leaf; false at the end of the tree. Climbs to the
+ * lowest node that has a child on that side: amortised over a scan, a
+ * little more than one level for each leaf. The leaves' siblings are not
+ * linked: a copy of one leaf would have to change its neighbours, and they
+ * theirs. */
 static bool kv_cursor_cross(struct kv_cursor *c, bool forward)
 {
     const struct kv_tree *t = c->tree;
@@ -3868,7 +3896,9 @@ static bool kv_cursor_prev(struct kv_cursor *c)
     return kv_cursor_cross(c, false);
 }
 
-/* The first record with a key >= `key`; with `le` the last one <= `key`. */
+/* The first record with a key >= `key`; with `le` the last one <= `key`. If
+ * the leaf for the key has none such, it is at the near end of the next leaf
+ * on that side. */
 static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
 {
     const struct kv_tree *t = c->tree;
@@ -3887,7 +3917,8 @@ static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
     return true;
 }
 
-/* Assembles the key of the record in `key`, of KV_CURSOR_KEY_BYTES. */
+/* Assembles the key of the record in `key`, of KV_CURSOR_KEY_BYTES: the tree
+ * has no key in one piece. Must be on a record. */
 static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
                                           unsigned char *key)
 {
@@ -3897,6 +3928,7 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
     return key;
 }
 
+/* Must be on a record. Points into the leaf: valid as long as the version. */
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
     return c->row + c->tail_bytes;
@@ -3908,13 +3940,35 @@ static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
  * Builds the tree of an open from sorted records: each loader fills leaves on
  * its own thread, for its own range of keys; kv_tree_adopt joins them and
  * builds the levels above.
+ *
+ * All of it happens before the handle is handed out, so there are no readers
+ * and no edits; loaders share nothing but the pools, for which they take the
+ * tree's lock once a leaf. Leaves belong to their loader until they are
+ * adopted. After any error the open frees loaders and tree; nothing here has
+ * to leave a tree that could be used. Records come from files that have been
+ * checked: keys of one loader ascend strictly, and those of the next one are
+ * all above (S1, and the bounds of the ranges). That what was loaded is what
+ * was stored is for the digest to say (P2).
+ *
+ *     loader 0       loader 1           loader 2
+ *     L L L L l      L L L L L L l      L L l       leaves, l: not filled
+ *     \_____________________________________/
+ *       kv_tree_adopt: one array, in order of keys
+ *     I     I     I     i                           kv_load_level
+ *     i                                             kv_load_level: the root
+ *
+ * Loading leaf after leaf, without searches, is what makes an open fast; and
+ * the nodes are fuller than inserts would leave them, hence smaller memory
+ * right after an open.
  * ========================================================================== */
 
+/* One range of keys, filled by one thread. `records` and `digest` are of all
+ * that has been added, and go to the version with the leaves. */
 struct kv_loader {
     struct kv_tree *tree;
-    struct kv_node **leaves;
-    size_t count;
-    size_t cap;
+    struct kv_node **leaves;      /* ascending; all but the last are filled */
+    size_t count;                 /* leaves; 0 once they are adopted */
+    size_t cap;                   /* of the array */
     uint64_t records;
     struct kvmeta_digest digest;
 };
@@ -3925,13 +3979,16 @@ static void kv_loader_init(struct kv_tree *t, struct kv_loader *loader)
     loader->tree = t;
 }
 
-/* Nodes are filled to about 97 %, so that the first changes find room. */
+/* Nodes are filled to about 97 %, so that the first changes find room: a full
+ * leaf between full leaves would be split by its first insert. */
 static size_t kv_load_fill(const struct kv_layout *l)
 {
     return l->cap - l->cap / 32;
 }
 
-/* A node with one more reserved for it, of the first gen. */
+/* A node with one more reserved for it, of the first gen. Reserved and taken
+ * under one hold of the lock: another loader may come in between otherwise.
+ * memory_bytes_max counts, so an open can fail by it with KVMETA_E_LIMIT. */
 static int kv_load_node(struct kv_tree *t, uint32_t level,
                         struct kv_node **out, struct kvmeta_error *err)
 {
@@ -3949,7 +4006,8 @@ static int kv_load_node(struct kv_tree *t, uint32_t level,
     return KVMETA_OK;
 }
 
-/* Keys must ascend. head: of the key; the value stands behind the key. */
+/* Keys must ascend. head: of the key; the value stands behind the key. Copies
+ * both. After an error the loader is as before, and may only be freed. */
 static int kv_loader_add(struct kv_loader *loader, uint64_t head,
                          const unsigned char *key, struct kvmeta_error *err)
 {
@@ -3959,6 +4017,7 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
                                          : NULL;
     size_t i;
 
+    /* The array first: a leaf that has no place in it would be lost. */
     if (!leaf || leaf->count >= kv_load_fill(&t->leaf)) {
         int rc = kv_grow(t->env, (void **)&loader->leaves, &loader->cap,
                          loader->count + 1, sizeof(struct kv_node *), err);
@@ -3993,7 +4052,7 @@ static void kv_loader_free(struct kv_loader *loader)
     memset(loader, 0, sizeof *loader);
 }
 
-/* The first record below a node. */
+/* The first key below a node: it makes the separator before the node. */
 static struct kv_probe kv_node_first_key(const struct kv_tree *t,
                                          const struct kv_node *node)
 {
@@ -4001,8 +4060,10 @@ static struct kv_probe kv_node_first_key(const struct kv_tree *t,
     return kv_key_at(t, node, 0);
 }
 
-/* Puts parents above the n nodes of one level; *n becomes their number. On
- * failure all nodes given are freed, with what is below them. */
+/* Puts parents above the n nodes of one level, into the array itself, behind
+ * what has been read of it; *n becomes their number. On failure all
+ * nodes given are freed, with what is below them: those that have a parent
+ * already by that one, the others as they are. */
 static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
                          struct kvmeta_error *err)
 {
@@ -4011,6 +4072,7 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
     size_t i = 0;
     int rc = KVMETA_OK;
 
+    /* The last parent may get few children, or one, which breaks no rule. */
     while (i < *n) {
         size_t children = (size_t)kv_min(fill, *n - i);
         struct kv_node *parent = NULL;
@@ -4042,7 +4104,8 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
 }
 
 /* Takes over what the loaders hold, as the state of commit `seq`. The tree
- * must be empty and unread. */
+ * must be empty and unread. After an error it has no records, and may only be
+ * freed; the leaves are freed, or still the loaders'. */
 static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
                          size_t loaders_count, uint64_t seq,
                          struct kvmeta_error *err)
@@ -4064,6 +4127,7 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
         n += loaders[i].count;
         loaders[i].count = 0;
     }
+    /* The nodes are nobody else's now; an error frees them: kv_load_level. */
     v->height = n > 0;
     while (n > 1) {
         rc = kv_load_level(t, nodes, &n, err);   /* no nodes after an error */
@@ -4083,21 +4147,40 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
 
 /* ==========================================================================
  * Tree: start, end, check
+ *
+ * Making and freeing are for one thread that nobody else is beside. A tree
+ * starts with one version, of gen 1, without records: 0 is the gen of a free
+ * slot. The check reads a version that its caller holds, while others go on;
+ * it tests T1 to T6 on whatever it finds and returns the name of the rule, so
+ * that tests can break each of them and see that it is noticed. The rules of
+ * versions and deltas are about what may happen when, and cannot be seen by
+ * looking; the scheduler's and the threads' tests are for those.
+ *
+ *   T1, T4     of each node on its own (kv_node_check); T1 across leaves by
+ *              the scan, between separators and leaves by kv_path_check
+ *   T2, T5     of each inner node and its children; T2 also of the root
+ *   T3         of each node, before anything else of it is looked at
+ *   T6         by the scan: it adds up all records anew
  * ========================================================================== */
 
-/* In a forked child, where whoever held a lock does not exist. */
+/* In a forked child, where whoever held a lock does not exist. What they were
+ * about may be half done; the child only frees, and does not read on. */
 static void kv_tree_forget_locks(struct kv_tree *t)
 {
     (void)pthread_mutex_init(&t->lock, NULL);
     (void)pthread_mutex_init(&t->delta_lock, NULL);
 }
 
-/* Accepts a zeroed tree, and one whose init failed. */
+/* Accepts a zeroed tree, and one whose init failed. No version may be held
+ * and no slot taken. From old to new, so that nodes end with the last
+ * version that sees them; what the current one reaches is all that is left
+ * then. */
 static void kv_tree_free(struct kv_tree *t)
 {
     struct kv_version *v = kv_tree_current(t);
 
     if (!t->locks_made) return;
+    /* Nobody else is here; the lock is what the functions below ask for. */
     pthread_mutex_lock(&t->lock);
     while (t->oldest && t->oldest->newer) {
         size_t budget = SIZE_MAX;
@@ -4120,6 +4203,9 @@ static void kv_tree_free(struct kv_tree *t)
     memset(t, 0, sizeof *t);
 }
 
+/* Makes an empty tree; env must have its shape, and outlive the tree.
+ * memory_bytes_max: 0 for none. KVMETA_E_NOMEM; then there is nothing to
+ * free, though kv_tree_free does no harm. Takes no slab yet. */
 static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
                         uint64_t memory_bytes_max, struct kvmeta_error *err)
 {
@@ -4131,6 +4217,7 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     memset(t, 0, sizeof *t);
     t->env = env;
     t->memory_bytes_max = memory_bytes_max;
+    /* Asked once: the result steers every search. */
 #if KV_X86
     t->avx2 = __builtin_cpu_supports("avx2");
     t->sse42 = __builtin_cpu_supports("sse4.2");
@@ -4150,6 +4237,8 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     }
     t->locks_made = true;
 
+    /* Settling applies one batch. Wide records make a shorter delta, or none:
+     * every version has the memory of one. */
     t->delta_cap = (uint32_t)kv_min(KV_BATCH, KV_DELTA_BYTES_MAX
                                     / shape->record_bytes);
     slots = t->slots_memory = kv_alloc_zeroed(env, slots_bytes);
@@ -4161,7 +4250,7 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     }
     slots += kv_align_up((uintptr_t)slots, KV_CACHE_LINE) - (uintptr_t)slots;
     t->slots = (struct kv_slot *)(void *)slots;
-    v->gen = 1;
+    v->gen = 1;                   /* 0 in a slot means that it is free */
     t->oldest = v;
     atomic_store(&t->current, v);
     atomic_store(&t->gen, v->gen);
@@ -4177,7 +4266,8 @@ static bool kv_index_right(const struct kv_tree *t, const struct kv_node *node)
     return true;
 }
 
-/* The rules that hold for one node on its own; NULL: all do. */
+/* The rules that hold for one node on its own, and for it and its children;
+ * NULL: all do. The count comes first: the others rely on it. */
 static const char *kv_node_check(const struct kv_tree *t,
                                  const struct kv_node *node)
 {
@@ -4185,6 +4275,7 @@ static const char *kv_node_check(const struct kv_tree *t,
     size_t keys;
 
     if (node->count < 1 || node->count > l->cap) return "T3: node count";
+    /* An inner node with one child has no key at all; that is allowed. */
     keys = kv_node_keys(node);
     for (size_t i = keys; i < l->cap_padded; i++)
         if (kv_heads(node)[i] != KV_HEAD_PAD) return "T4: head pad";
@@ -4207,7 +4298,9 @@ static const char *kv_node_check(const struct kv_tree *t,
     return NULL;
 }
 
-/* All nodes on the path of the cursor that it enters for the first time. */
+/* All nodes on the path of the cursor that it enters for the first time: when
+ * it comes to a new leaf, that leaf, and each node above it as long as the
+ * path goes through first children. */
 static const char *kv_path_check(const struct kv_cursor *c)
 {
     for (uint32_t level = 0; level < c->version->height; level++) {
@@ -4216,7 +4309,7 @@ static const char *kv_path_check(const struct kv_cursor *c)
         if (rule) return rule;
         if (level + 1 < c->version->height && c->path.index[level + 1] > 0) {
             /* A left neighbour exists: the separator must be above it, and
-             * not above this one. */
+             * not above this one. (Its last key is not looked at.) */
             struct kv_probe s = kv_key_at(c->tree, c->path.nodes[level + 1],
                                           c->path.index[level + 1] - 1);
             struct kv_probe first =
@@ -4228,12 +4321,15 @@ static const char *kv_path_check(const struct kv_cursor *c)
                           c->tree->env->shape.tail_bytes) > 0)
                 return "T1: separator";
         }
+        /* Not the first child: the nodes above have been checked before. */
         if (c->path.index[level] != 0) break;
     }
     return NULL;
 }
 
-/* Reads all of a held version. Returns the broken rule, or NULL. */
+/* Reads all of a held version. Returns the broken rule, or NULL. Takes as
+ * long as a scan; nobody waits for it. Two buffers of a key, so that the
+ * one before is at hand. */
 static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
 {
     unsigned char keys[2][KV_CURSOR_KEY_BYTES];
@@ -4245,6 +4341,8 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
     if (!v->root != (v->height == 0)) return "T2: height";
     if (v->root && v->root->level + 1 != v->height) return "T2: height";
     kv_cursor_init(t, v, &c);
+    /* The cursor has gone through the nodes that are checked next: this finds
+     * broken rules in nodes that are nodes, not wild pointers. */
     for (bool there = kv_cursor_first(&c); there; there = kv_cursor_next(&c)) {
         const unsigned char *last = keys[~count & 1];
         const unsigned char *key = kv_cursor_key(&c, keys[count & 1]);
@@ -4264,10 +4362,11 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
     return kv_digest_equal(digest, v->digest) ? NULL : "T6: digest";
 }
 
+/* For the statistics, in their units: see struct kvmeta_stats. */
 struct kv_tree_usage {
-    uint64_t resident_bytes;
-    uint64_t pinned_bytes;
-    uint64_t snapshots;
+    uint64_t resident_bytes;      /* slabs, and the one that is prepared */
+    uint64_t pinned_bytes;        /* nodes on dead lists */
+    uint64_t snapshots;           /* holders, of whatever kind */
     uint64_t oldest_snapshot_seq;
     uint64_t copied;
     uint64_t in_place;
@@ -4277,6 +4376,7 @@ static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
 {
     memset(u, 0, sizeof *u);
     pthread_mutex_lock(&t->lock);
+    /* Inner nodes are few: a slab is prepared for leaves only. */
     u->resident_bytes = t->leaves.bytes + t->inners.bytes
         + (t->leaves.ahead ? KV_SLAB_BYTES : 0);
     u->pinned_bytes = t->dead_bytes;
