@@ -1544,11 +1544,34 @@ static void kv_pool_free(struct kv_pool *pool)
  * signed. An inner node of n children has n - 1 separators: child i holds the
  * keys k with separator[i-1] <= k < separator[i].
  *
- * A search for one key compares it with all heads of a node, whose lines come
- * at once. Searches for many keys side by side are bound by the number of
- * lines that they touch, so an inner node also has an index: the first head of
- * each line of heads but the first. It leads to the one line that matters. In
- * leaves it would cost too much memory; a binary search over their lines does.
+ * Two nodes for records of 16 + 16 bytes on 64 bits, offsets in bytes:
+ *
+ *     leaf    0      32               448                           1536
+ *             header | 52 heads, 45 used | 45 rows: tail 8, value 16 |
+ *
+ *     inner   0      32         576       640             1192          1744
+ *             header | 68 heads | index 8 | 69 rows: tail 8 | 69 children |
+ *
+ * The heads start in the middle of a node's first cache line and end with a
+ * line; what is behind the last key is padding (T4), so that a search may
+ * read whole lines without asking where the keys end.
+ *
+ * Everything here is about waiting for memory: in a store of millions of
+ * records nothing but the upper levels is in a cache. So a single search asks
+ * for all lines of the next node as soon as it knows which one that is, and
+ * counts heads instead of bisecting them, since the lines are on their way
+ * anyway; tail and value stand side by side, since whoever has found the one
+ * wants the other; and nodes are small, since all of one is fetched. Searches
+ * for many keys go the other way: they overlap with each other, and are bound
+ * by the number of lines that all of them touch. For them an inner node has an
+ * index, the first head of each line of heads but the first, which leads to
+ * the one line that matters (kv_inner_child_many). In leaves it would cost too
+ * much memory; a binary search over their lines does (kv_leaf_rank_many).
+ *
+ * This section only reads. Any thread may call it, on a version that it has
+ * pinned or holds, or that is its own; what a function returns a pointer to
+ * is valid as long as that. Nothing here can fail. Recursion is not needed:
+ * a path is at most KV_HEIGHT_MAX nodes long.
  *
  * (T1) keys ascend strictly within and across leaves; (T2) all leaves are at
  * level 0, a node's children one level below it; (T3) no node is empty;
@@ -1559,12 +1582,16 @@ static void kv_pool_free(struct kv_pool *pool)
  * ========================================================================== */
 
 enum {
+    /* Sizes of nodes, found by measuring. Wide records make larger ones: see
+     * the next two. A leaf of 2 KiB would make a get fetch more. */
     KV_LEAF_BYTES = 1536,
     KV_INNER_BYTES = 1792,        /* the index of 16-byte keys is one line */
     KV_LEAF_MIN = 8,              /* records that a leaf has room for */
     KV_INNER_MIN = 16,            /* children that an inner node has room for */
-    KV_HEIGHT_MAX = 24,
-    KV_SLOTS = 64,
+    KV_HEIGHT_MAX = 24,           /* beyond what any memory can hold */
+    KV_SLOTS = 64,                /* readers at a time; a bit each */
+    /* Enough for waits for memory to overlap; also the size of arrays on the
+     * stack, and the most puts that a delta has. */
     KV_BATCH = 32,                /* keys looked up side by side */
     KV_WARM_MIN = 4,              /* changes that are worth it */
     KV_DELTA_BYTES_MAX = 16384,   /* of the records of a delta */
@@ -1573,22 +1600,32 @@ enum {
 
 #define KV_HEAD_PAD INT64_MAX
 
-/* Where the arrays of a node are. */
+/* Where the arrays of a node are: offsets from its start, in bytes. One for
+ * all leaves of a tree and one for all inner nodes; fixed at kv_tree_init. */
 struct kv_layout {
     uint32_t cap;                 /* records, or children */
     uint32_t cap_padded;          /* heads that there is room for */
     uint32_t lines;               /* cache lines that heads are in */
     uint32_t index_off;
     uint32_t row_off;
-    uint32_t row_bytes;
+    uint32_t row_bytes;           /* of one row; may be 0 */
     uint32_t child_off;
-    uint32_t bytes;
+    uint32_t bytes;               /* of a node; whole cache lines */
 };
 
-/* A state of the records: those of the tree, as changed by the puts in the
+/*
+ * A state of the records: those of the tree, as changed by the puts in the
  * delta, which are not in the tree yet. Immutable once a reader may see it,
  * but for the delta, which grows; see the next section for the exception.
- * The delta's records follow the struct; later ones hide earlier ones. */
+ * The delta's records follow the struct; later ones hide earlier ones.
+ *
+ * Versions form a list from the oldest that somebody may see to the current
+ * one, in order of `gen`. The links and `dead` are guarded by the tree's
+ * lock, `refs` counts up while its holder is in a slot, and down at any time;
+ * a version that is not current and has no holder is nobody's, and goes with
+ * the next reclaim that finds no reader in the way. `seq` is the commit of
+ * the tree without its delta: the delta's i-th put is commit seq + i + 1.
+ */
 struct kv_version {
     _Atomic uint64_t delta_prints[KV_BATCH / 4];  /* fingerprints, 16 bits */
     _Atomic uint32_t delta_count;
@@ -1604,20 +1641,29 @@ struct kv_version {
     struct kv_node *dead;         /* nodes that no newer version sees */
 };
 
+/* Where a reader says that it reads, on a cache line of its own: readers that
+ * share no slot then do not slow each other down. `gen` is that of a version
+ * not above the one that is read. */
 struct kv_slot {
     _Alignas(KV_CACHE_LINE) _Atomic uint64_t gen;   /* 0: free */
 };
 
+/*
+ * All records of a store in memory. The members above `current` are fixed
+ * after init; the others stand in groups on cache lines of their own, by who
+ * writes them: what every reader loads must not be on a line that the writer
+ * keeps changing for itself.
+ */
 struct kv_tree {
     struct kv_env *env;
     struct kv_layout leaf;
     struct kv_layout inner;
     bool avx2;
     bool sse42;
-    uint64_t memory_bytes_max;
+    uint64_t memory_bytes_max;    /* of both pools; 0: no bound */
     uint32_t delta_cap;           /* puts; 0: the records are too wide */
     struct kv_slot *slots;        /* KV_SLOTS, on cache lines */
-    void *slots_memory;
+    void *slots_memory;           /* as allocated */
     bool locks_made;
 
     /* What readers read first. */
@@ -1635,19 +1681,22 @@ struct kv_tree {
     struct kv_pool leaves;
     struct kv_pool inners;
     struct kv_version *oldest;
-    size_t dead_bytes;
-    uint64_t copied;
+    size_t dead_bytes;            /* of the nodes on all dead lists */
+    uint64_t copied;              /* versions published beside readers */
 
     /* Written by one side, read by the other. */
-    _Atomic uint64_t in_place;
+    _Atomic uint64_t in_place;    /* edits that were made in place */
     _Atomic bool unreclaimed;     /* readers were in the way of freeing */
 };
 
+/* From the order of unsigned numbers to that of signed ones, and back. */
 static int64_t kv_head_flip(uint64_t head)
 {
     return (int64_t)(head ^ (uint64_t)1 << 63);
 }
 
+/* The next few give write access to a node that the caller may only read:
+ * whether it may be changed is the edits' business (E1). */
 static int64_t *kv_heads(const struct kv_node *node)
 {
     return (int64_t *)(uintptr_t)(node + 1);
@@ -1664,6 +1713,8 @@ static const struct kv_layout *kv_layout_of(const struct kv_tree *t,
     return node->level == 0 ? &t->leaf : &t->inner;
 }
 
+/* The tail of the i-th key, in a leaf followed by its value; i may be one
+ * behind the last, to copy or to fetch from there. */
 static unsigned char *kv_row(const struct kv_tree *t,
                              const struct kv_node *node, size_t i)
 {
@@ -1672,6 +1723,8 @@ static unsigned char *kv_row(const struct kv_tree *t,
     return kv_node_at(node, l->row_off) + i * l->row_bytes;
 }
 
+/* The same as the row in records whose keys have no tail. Never NULL, even
+ * where values have no bytes. */
 static unsigned char *kv_value(const struct kv_tree *t,
                                const struct kv_node *leaf, size_t i)
 {
@@ -1701,6 +1754,9 @@ static size_t kv_line_first(size_t line)
     return line > 0 ? 8 * line - 4 : 0;
 }
 
+/* The most entries that fit in `bytes`, but at least `min` of them, in a node
+ * that is then as large as it must be. child_bytes: 0 for leaves. The first
+ * guess leaves out padding and rounding, so it can only be too high. */
 static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
                            uint32_t child_bytes, uint32_t bytes, uint32_t min)
 {
@@ -1734,6 +1790,10 @@ static size_t kv_count_plain(const int64_t *heads, size_t n, int64_t head)
     return less;
 }
 
+/* The same by vectors of 4, and of 2. They look at up to 3 heads behind the
+ * n-th, which are padding; each compare yields -1 where it holds, so that
+ * subtracting counts. `heads` is aligned to the vector: a node starts on a
+ * cache line, and its header is half a line long. */
 #if KV_X86
 __attribute__((target("avx2")))
 static size_t kv_count_avx2(const int64_t *heads, size_t n, int64_t head)
@@ -1769,7 +1829,8 @@ static size_t kv_count_sse42(const int64_t *heads, size_t n, int64_t head)
 }
 #endif
 
-/* T4 lets the vectors run over the end. */
+/* T4 lets the vectors run over the end: the padding is never less than
+ * `head`, not even than the largest. All three count the same. */
 static size_t kv_count_less(const struct kv_tree *t, const int64_t *heads,
                             size_t n, int64_t head)
 {
@@ -1782,7 +1843,8 @@ static size_t kv_count_less(const struct kv_tree *t, const int64_t *heads,
     return kv_count_plain(heads, n, head);
 }
 
-/* A key in the form in which it is compared. */
+/* A key in the form in which it is compared. Points into the key that it was
+ * made of, or into a node; no longer valid than that. */
 struct kv_probe {
     int64_t head;
     const unsigned char *tail;
@@ -1823,8 +1885,16 @@ static void kv_count_many(const struct kv_tree *t, const int64_t *const *heads,
         less[i] = kv_count_less(t, heads[i], n, probes[i].head);
 }
 
-/* Number of the node's first n keys that are less than the key; with `equal`
- * those that are equal count, too. *match: the key at the result is equal. */
+/*
+ * Number of the node's first n keys that are less than the key; with `equal`
+ * those that are equal count, too. *match: one of them is equal, which is the
+ * one at the result, or with `equal` the one before it.
+ *
+ * Most keys differ in their heads, so most calls end after the first count,
+ * or after a look at one tail. Only where several keys share the head, the
+ * tails of all those are searched, low <= result <= high. The next larger
+ * head ends them; there is none above KV_HEAD_PAD, where it would overflow.
+ */
 static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
                            size_t n, struct kv_probe p, bool equal,
                            bool *match)
@@ -1858,7 +1928,8 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
     return low;
 }
 
-/* The child in which the key belongs. */
+/* The child in which the key belongs: a key that equals a separator is to the
+ * right of it. */
 static size_t kv_inner_child(const struct kv_tree *t,
                              const struct kv_node *node, struct kv_probe p)
 {
@@ -1875,6 +1946,8 @@ static void kv_node_prefetch(const struct kv_node *node, size_t bytes)
         KV_PREFETCH(kv_node_at(node, (uint32_t)off));
 }
 
+/* The value of a key in the tree, or NULL; the delta is not looked at. Valid
+ * as long as the version is, and unless an edit in place changes it. */
 static const unsigned char *kv_tree_find(const struct kv_tree *t,
                                          const struct kv_version *v,
                                          const void *key)
@@ -1918,6 +1991,10 @@ static void kv_line_rank_many(const struct kv_tree *t,
  * lines, all keys in step, each with its next line on the way while the others
  * are looked at. It reads few of a leaf's lines, and the memory system can
  * fetch only so many at a time.
+ *
+ * All leaves have one layout, so one count of lines serves all keys. The
+ * search keeps the last line that starts below the key (or line 0), and counts
+ * in it; padding is not below any key.
  */
 static void kv_leaf_rank_many(const struct kv_tree *t,
                               const struct kv_probe *probes,
@@ -1976,7 +2053,9 @@ static void kv_inner_child_many(const struct kv_tree *t,
     }
 }
 
-/* The leaves of up to KV_BATCH keys, and the ranks of their heads there. */
+/* The leaves of up to KV_BATCH keys, and the ranks of their heads there. The
+ * tree must have records. A head that is found in an inner node need not be
+ * that of the separator alone: then the whole key decides. */
 static void kv_tree_descend_many(const struct kv_tree *t,
                                  const struct kv_version *v,
                                  const struct kv_probe *probes, size_t n,
@@ -1992,8 +2071,8 @@ static void kv_tree_descend_many(const struct kv_tree *t,
     kv_leaf_rank_many(t, probes, nodes, n, ranks);
 }
 
-/* Is the key in the leaf? *place: where its head would be; gets where it is,
- * which only differs where records share a head. */
+/* Is the key in the leaf? *place: where its head would be; gets where the key
+ * is, or would be, which only differs where records share a head. */
 static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
                            struct kv_probe p, size_t *place)
 {
@@ -2007,6 +2086,8 @@ static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
     return match;
 }
 
+/* Up to KV_BATCH keys of a tree that has records. Each loop touches only what
+ * the one before it has asked for, so that the waits for memory overlap. */
 static void kv_tree_find_batch(const struct kv_tree *t,
                                const struct kv_version *v,
                                const unsigned char *keys, size_t n,
@@ -2033,6 +2114,8 @@ static void kv_tree_find_batch(const struct kv_tree *t,
                     value_bytes);
 }
 
+/* Any number of keys, in any order; without a look at the delta. values: as
+ * for kvmeta_get_many; may be NULL where values have no bytes. */
 static void kv_tree_find_many(const struct kv_tree *t,
                               const struct kv_version *v,
                               const unsigned char *keys, size_t n,
