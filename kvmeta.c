@@ -143,8 +143,14 @@
  * Configuration and platform
  *
  * Feature macros, headers, and the few things that differ between compilers
- * and processors. Everything below this section is plain C11 and POSIX.
+ * and processors. Everything below this section is plain C11 and POSIX, but
+ * for what stands between #if KV_X86 or the name of a system; each such piece
+ * has a plain twin that gives the same results.
  * ========================================================================== */
+
+/* Feature macros come before the first header. The file sets them itself, so
+ * that `cc -std=c11 -c kvmeta.c` is enough in any host. FreeBSD, NetBSD and
+ * OpenBSD show flock and the like only where none is set. */
 
 #if !defined(_FILE_OFFSET_BITS)
 #  define _FILE_OFFSET_BITS 64    /* on 32 bits: large files and inodes */
@@ -182,6 +188,9 @@
 #define ZSTD_STATIC_LINKING_ONLY   /* contexts from realloc_fn */
 #include <zstd.h>
 
+/* The x86 paths need function targets and __builtin_cpu_supports: compiled
+ * for any x86-64, taken where the processor has them. On AArch64 the
+ * compiler's target decides, as there is no portable way to ask. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #  include <immintrin.h>
 #  define KV_X86 1
@@ -195,6 +204,7 @@
 #  define KV_ARM_CRC 0
 #endif
 
+/* Hints: without them everything works, only slower. */
 #if defined(__GNUC__)
 #  define KV_LIKELY(x) __builtin_expect(!!(x), 1)
 #  define KV_UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -212,7 +222,8 @@
 #endif
 
 /* A test build may define this to run a seeded scheduler: it marks the places
- * where the interleaving of threads matters. */
+ * where the interleaving of threads matters, besides locks and atomics, which
+ * such a build replaces anyway. */
 #ifndef KV_SCHED_POINT
 #  define KV_SCHED_POINT(name) ((void)0)
 #endif
@@ -226,17 +237,20 @@
 
 /* ==========================================================================
  * Limits and results
+ *
+ * Numbers that more than one section needs, the widths of a store, and
+ * arithmetic on sizes. Plain functions, for any thread.
  * ========================================================================== */
 
 enum {
-    KV_CACHE_LINE = 64,
+    KV_CACHE_LINE = 64,           /* also what nodes are aligned to */
     KV_PAGE_BYTES = 4096,
-    KV_UUID_BYTES = 16,
-    KV_SALT_BYTES = 16,
+    KV_UUID_BYTES = 16,           /* of a store, random */
+    KV_SALT_BYTES = 16,           /* of a log or table, random */
     KV_LOGS_WAITING_MAX = 8,      /* sealed logs before writers wait */
-    KV_TABLES_MAX = 1024,
+    KV_TABLES_MAX = 1024,         /* that a manifest may list */
     KV_RETRIES_MAX = 100,         /* of a system call that says EINTR */
-    KV_NAME_BYTES = 32
+    KV_NAME_BYTES = 32            /* of any name of ours, with its NUL */
 };
 
 /* Ids, commit numbers and counters stay below this: nobody gets so far by
@@ -258,6 +272,7 @@ struct kv_shape {
     uint32_t record_bytes;        /* key_bytes + value_bytes */
 };
 
+/* The widths have been checked, with the options that they come from. */
 static void kv_shape_init(struct kv_shape *shape, uint32_t key_bytes,
                           uint32_t value_bytes)
 {
@@ -279,7 +294,7 @@ static uint64_t kv_max(uint64_t a, uint64_t b)
     return a > b ? a : b;
 }
 
-/* `align` is a power of two. */
+/* `align` is a power of two; n + align must not overflow. */
 static uint64_t kv_align_up(uint64_t n, uint64_t align)
 {
     assert(align > 0);
@@ -287,8 +302,9 @@ static uint64_t kv_align_up(uint64_t n, uint64_t align)
     return (n + align - 1) & ~(align - 1);
 }
 
-/* memcpy and memcmp of the usual widths without a call: a fifth of the time of
- * a buffered put. */
+/* memcpy and memcmp of the usual widths without a call: a fifth of the
+ * time of a buffered put. Both take n = 0 with NULL, which memcpy may not
+ * be given. */
 static void kv_copy(void *to, const void *from, size_t n)
 {
     assert(n == 0 || to);
@@ -314,6 +330,10 @@ static bool kv_same(const void *a, const void *b, size_t n)
  * All integers on disk go through these; compilers turn each into one load
  * or store. kv_load_be64 reads the head of a key, whose order as a number is
  * the order of its bytes.
+ *
+ * Bytes are put together by shifts and not by a cast or a copy: p needs no
+ * alignment, and the same file comes out on a big-endian machine. The caller
+ * sees to it that 4, or 8, bytes are there.
  * ========================================================================== */
 
 static uint32_t kv_load_le32(const void *p)
@@ -374,7 +394,8 @@ static void kv_store_be64(void *p, uint64_t v)
 }
 
 /* The first 8 bytes of a key as a number; shorter keys count as if followed
- * by zeros, which keeps their order because all keys have one width. */
+ * by zeros, which keeps their order because all keys have one width. Two keys
+ * are ordered as their heads are, and where those are equal by the rest. */
 static inline uint64_t kv_key_head(const struct kv_shape *shape,
                                    const void *key)
 {
@@ -392,13 +413,25 @@ static inline uint64_t kv_key_head(const struct kv_shape *shape,
  * A sum starts from a seed that depends on the file (kv_crc_file_seed), so
  * that bytes of another file, or of an earlier one, never validate. The same
  * sums come from the processor's instruction and from a table.
+ *
+ * A sum finds accidents: any burst of up to 32 bits, and of longer ones all
+ * but one in 2^32. Nothing here stands up to whoever can choose bytes.
+ *
+ * Bits are inverted before and after, so that sums chain: with s the sum of a
+ * from some seed, the sum of b from s is that of a and b in one piece. From
+ * seed 0 the nine bytes "123456789" have the sum 0xE3069283.
  * ========================================================================== */
 
+/* How this process sums; fixed after kv_crc_init, so any thread may use it.
+ * The table is filled only where the processor does not help. */
 struct kv_crc {
     bool hardware;
     uint32_t table[256];
 };
 
+/* allow_hardware: false only in tests, to compare both ways. The table is the
+ * usual one for a byte at a time, low bit first; 0x82F63B78 is the polynomial
+ * with its bits reversed. */
 static void kv_crc_init(struct kv_crc *crc, bool allow_hardware)
 {
 #if KV_X86
@@ -417,6 +450,8 @@ static void kv_crc_init(struct kv_crc *crc, bool allow_hardware)
     }
 }
 
+/* `sum` is inverted already, before and after. Eight bytes at a time, in the
+ * order of the file, hence by kv_load_le64. */
 #if KV_X86
 __attribute__((target("sse4.2")))
 static uint32_t kv_crc_hardware(uint32_t sum, const unsigned char *p, size_t n)
@@ -466,10 +501,19 @@ static uint32_t kv_crc_add(const struct kv_crc *crc, uint32_t sum,
  *
  * A 128-bit sum over records that does not depend on their order: two lanes
  * mod 2^64. H mixes each 8-byte word by a bijection, with other odd constants
- * in each lane (from the fractional parts of square roots of primes, made
- * odd). Carries (D1): the digest of a version is the sum of H over its
- * records; every change subtracts the old record and adds the new one.
+ * in each lane. Carries (D1): the digest of a version is the sum of H over
+ * its records; every change subtracts the old record and adds the new one.
  * Tombstones have a sum of their own, for the balance of a merge.
+ *
+ * The five constants are the fractional parts of the square roots of 2, 3, 5,
+ * 7 and 11, as in SHA-512 (FIPS 180-4): nobody chose them to fit. Those that
+ * are multiplied by must be odd, or the step is no bijection. Digests are
+ * stored, in frames, manifests and footers: none of this may ever change
+ * without a new version of the formats.
+ *
+ * A sum, and not an exclusive or: a record that is there twice must not
+ * cancel out. Two lanes, since among some billions of states two would have
+ * the same 64 bits by chance.
  * ========================================================================== */
 
 #define KV_DIGEST_SEED_A 0x6A09E667F3BCC908u
@@ -478,6 +522,10 @@ static uint32_t kv_crc_add(const struct kv_crc *crc, uint32_t sum,
 #define KV_DIGEST_ODD_B 0xA54FF53A5F1D36F1u
 #define KV_DIGEST_TOMBSTONE 0x510E527FADE682D1u
 
+/* For a given word a bijection of h, and for a given h one of the word:
+ * what differs stays different under the same word, and a different word
+ * makes a difference. The shift brings the high bits, which a product
+ * mixes best, back down. */
 static inline void kv_digest_mix(struct kvmeta_digest *h, uint64_t word)
 {
     h->lo = (h->lo ^ word) * KV_DIGEST_ODD_A;
@@ -486,6 +534,8 @@ static inline void kv_digest_mix(struct kvmeta_digest *h, uint64_t word)
     h->hi ^= h->hi >> 29;
 }
 
+/* The last word is filled up with zeros: all records of a store have the same
+ * widths, so none is mistaken for one that is longer. */
 static inline void kv_digest_mix_bytes(struct kvmeta_digest *h,
                                        const void *bytes, size_t n)
 {
@@ -515,6 +565,7 @@ static struct kvmeta_digest kv_digest_record(const struct kv_shape *shape,
     return h;
 }
 
+/* Modulo 2^64 in each lane: order does not matter, and subtracting undoes. */
 static void kv_digest_add(struct kvmeta_digest *sum, struct kvmeta_digest h)
 {
     sum->lo += h.lo;
