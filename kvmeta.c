@@ -587,9 +587,17 @@ static bool kv_digest_equal(struct kvmeta_digest a, struct kvmeta_digest b)
  * Environment: errors, memory, log
  *
  * What every section needs of the host. Immutable after open, but for the
- * counters. kv_fail is the only place where an error text is made.
+ * counters. kv_fail is the only place where an error text is made. Everything
+ * here may be called from any thread, with or without locks, but for kv_log.
+ *
+ * An error is a code that is returned and a text for *err. Whoever meets it
+ * first fills *err; those above pass the code on, and fill it anew only if
+ * they know better. Where err may be NULL nobody wants the text. Texts are
+ * cut off, never allocated: a lack of memory must be told, too.
  * ========================================================================== */
 
+/* One per handle, inside of it. `uuid` is that of the store, known once the
+ * manifest has been read or made. */
 struct kv_env {
     const struct kvmeta_vfs *vfs;
     void *(*realloc_fn)(void *user, void *old, size_t bytes);   /* or NULL */
@@ -599,12 +607,14 @@ struct kv_env {
     struct kv_crc crc;
     unsigned char uuid[KV_UUID_BYTES];
     int dir;                      /* -1: not open */
-    uint64_t process_id;
-    _Atomic uint64_t bytes_written;
+    uint64_t process_id;          /* of the process that opened the store */
+    _Atomic uint64_t bytes_written;   /* to all files, since the open */
     _Atomic uint64_t bytes_read;
 };
 
-/* Fills in *err (NULL allowed) and returns `code`. */
+/* Fills in *err (NULL allowed) and returns `code`, a KVMETA_* that is not OK.
+ * sys_errno: of the system call that failed, or 0. The text has no newline,
+ * and names no keys or values; what is too long is cut off. */
 KV_PRINTF(4, 5)
 static int kv_fail(struct kvmeta_error *err, int code, int sys_errno,
                    const char *format, ...)
@@ -621,12 +631,17 @@ static int kv_fail(struct kvmeta_error *err, int code, int sys_errno,
     return code;
 }
 
+/* Returns the constant, and not what kv_fail does: analysers then see that it
+ * is always a failure. bytes: SIZE_MAX for more than can be asked for. */
 static int kv_fail_memory(struct kvmeta_error *err, size_t bytes)
 {
     kv_fail(err, KVMETA_E_NOMEM, ENOMEM, "no memory for %zu bytes", bytes);
     return KVMETA_E_NOMEM;
 }
 
+/* As realloc: NULL when there is no memory, and `old` is then as it was. All
+ * memory of a handle comes from here, from kv_alloc_pages, or from the slabs,
+ * so that realloc_fn sees everything; freeing has the matching three. */
 static void *kv_resize(struct kv_env *env, void *old, size_t bytes)
 {
     assert(bytes > 0);
@@ -652,6 +667,8 @@ static bool kv_uses_pages(const struct kv_env *env, size_t bytes)
 #endif
 }
 
+/* Memory for the buffers of a job, not cleared; goes back to the system when
+ * kv_free_pages gets it with the same size. NULL: there is none. */
 static void *kv_alloc_pages(struct kv_env *env, size_t bytes)
 {
 #if defined(MAP_ANONYMOUS)
@@ -673,6 +690,7 @@ static void *kv_alloc_zeroed(struct kv_env *env, size_t bytes)
     return p;
 }
 
+/* For what kv_alloc, kv_alloc_zeroed or kv_resize returned; NULL allowed. */
 static void kv_free(struct kv_env *env, void *p)
 {
     if (!p) return;
@@ -691,7 +709,10 @@ static void kv_free_pages(struct kv_env *env, void *p, size_t bytes)
         kv_free(env, p);
 }
 
-/* Makes room for `need` elements in a growing array; doubles. */
+/* Makes room for `need` elements in a growing array; doubles, from 16 on.
+ * On failure array and capacity are as they were. *cap counts elements;
+ * *array is NULL where it is 0, and may move. No product here can
+ * overflow. */
 static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
                    size_t element_bytes, struct kvmeta_error *err)
 {
@@ -711,6 +732,9 @@ static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
     return KVMETA_OK;
 }
 
+/* Tells the host's log_fn, if there is one. Never under the state, queue,
+ * delta or tree lock: the host may take its time, and locks of its own.
+ * level: enum kvmeta_log_level. */
 KV_PRINTF(3, 4)
 static void kv_log(struct kv_env *env, int level, const char *format, ...)
 {
@@ -727,11 +751,36 @@ static void kv_log(struct kv_env *env, int level, const char *format, ...)
 /* ==========================================================================
  * Files
  *
- * The only callers of the vfs. Names are computed from kind and id. Reads and
- * writes are whole or fail; every failure names the file and the offset. A
- * full disk is told apart from any other failure (KVMETA_E_NOSPACE).
+ * Every read, write and sync goes through here; of the vfs only the rename of
+ * the manifest, listing and opening the directory, the lock and the clock are
+ * called elsewhere. Names are computed from kind and id. Reads and writes are
+ * whole or fail; every failure names the file and the offset. A full disk is
+ * told apart from any other failure (KVMETA_E_NOSPACE).
+ *
+ * Any thread may call; who may use which file at the same time is for the
+ * sections above to say. Errors are told, not judged: whether one ends all
+ * writing is kv_store_judge's decision, from the code. So the codes matter:
+ *
+ *   KVMETA_E_NOSPACE   there was no room; it may succeed later
+ *   KVMETA_E_LIMIT     no descriptor was left; an open may succeed later
+ *   KVMETA_E_NOMEM     the system had no memory for it
+ *   KVMETA_E_IO        anything else: what is in the file is unknown
+ *   KVMETA_E_CORRUPT   the file is not what it should be
+ *
+ * What the vfs returns is a host's word. Codes and sizes are checked as those
+ * of the system would be; that a read moved no more than was asked for is
+ * part of its contract.
+ *
+ * A call that a signal has interrupted is made again where that is harmless:
+ * opens, reads, writes. Not for ever, since a vfs might say EINTR each time.
+ * An error text looks like one of these:
+ *
+ *   w000000000000002a.wal: write at 8192: error 28
+ *   t0000000000000007.tab: at 65536: ends here, want 512 more
  * ========================================================================== */
 
+/* The numbers go into the seeds of sums (kv_crc_file_seed): never change
+ * them. */
 enum kv_file_kind {
     KV_FILE_LOCK = 1,
     KV_FILE_MANIFEST = 2,
@@ -740,6 +789,9 @@ enum kv_file_kind {
     KV_FILE_TABLE = 5
 };
 
+/* An open file, or just the name of one: kind and id are set and `open` is
+ * not, where only an error text or a place in a list is wanted. Zeroed: not
+ * open, nothing to close. Copying it copies the handle: one copy closes. */
 struct kv_file {
     int handle;                   /* valid while `open` */
     bool open;
@@ -747,6 +799,8 @@ struct kv_file {
     uint64_t id;                  /* of logs and tables */
 };
 
+/* The one place where names are made. Ids in names have 16 digits, so names
+ * of one kind sort as their ids do. id: ignored for the fixed names. */
 static void kv_file_name(int kind, uint64_t id, char name[KV_NAME_BYTES])
 {
     static const char *const fixed[] = {
@@ -762,7 +816,10 @@ static void kv_file_name(int kind, uint64_t id, char name[KV_NAME_BYTES])
 }
 
 /* The kind of file that has this name exactly, or 0 for one that is not
- * ours; *id for logs and tables. */
+ * ours; *id for logs and tables, else 0. What is not ours is never
+ * touched, so this must not be generous: the name is made again and
+ * compared, and upper case, or an id beyond KV_NUMBER_MAX, is somebody
+ * else's file. */
 static int kv_file_parse_name(const char *name, uint64_t *id)
 {
     char again[KV_NAME_BYTES];
@@ -791,7 +848,13 @@ static int kv_file_parse_name(const char *name, uint64_t *id)
     return kind;
 }
 
-/* The seed of all sums over bytes of one file. */
+/*
+ * The seed of all sums over bytes of one file (L1): bytes of another store,
+ * of another kind or id, or of an earlier file of this name do not validate
+ * in it. The salt is for the last of these: ids are used once, but a file
+ * that was restored from elsewhere, or blocks that come back from the dead,
+ * may have the same.
+ */
 static uint32_t kv_crc_file_seed(const struct kv_env *env, int kind,
                                  uint64_t id,
                                  const unsigned char salt[KV_SALT_BYTES])
@@ -805,6 +868,9 @@ static uint32_t kv_crc_file_seed(const struct kv_env *env, int kind,
     return kv_crc_add(&env->crc, 0, bytes, sizeof bytes);
 }
 
+/* A failed system call, at `off` of the file where that means something.
+ * EFBIG, a limit on the size of files, counts as a full disk: the next file
+ * may have room. Always fails. */
 static int kv_fail_file(struct kvmeta_error *err, const struct kv_file *file,
                         int sys_errno, const char *what, uint64_t off)
 {
@@ -819,7 +885,8 @@ static int kv_fail_file(struct kvmeta_error *err, const struct kv_file *file,
                    what, (unsigned long long)off, sys_errno);
 }
 
-/* A rule of the format that does not hold at `off` of the file. */
+/* A rule of the format that does not hold at `off` of the file: always
+ * KVMETA_E_CORRUPT. The format is of the rule, the name is put before it. */
 KV_PRINTF(4, 5)
 static int kv_fail_corrupt(struct kvmeta_error *err, const struct kv_file *file,
                            uint64_t off, const char *format, ...)
@@ -843,6 +910,8 @@ static int kv_open_code(int sys_errno)
                                                       : KVMETA_E_IO;
 }
 
+/* For uuids and salts. The default vfs opens a device for it, so it can lack
+ * a descriptor, too. */
 static int kv_random(struct kv_env *env, void *buf, size_t bytes,
                      struct kvmeta_error *err)
 {
@@ -853,7 +922,9 @@ static int kv_random(struct kv_env *env, void *buf, size_t bytes,
 }
 
 /* flags: enum kvmeta_vfs_open. A missing file is KVMETA_NOT_FOUND; a link or
- * anything but a regular file is KVMETA_E_CORRUPT. */
+ * anything but a regular file is KVMETA_E_CORRUPT, since we made none such.
+ * The lack of a descriptor is KVMETA_E_LIMIT. After an error *file is closed,
+ * with kind and id set. */
 static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
                         struct kv_file *file, struct kvmeta_error *err)
 {
@@ -883,7 +954,8 @@ static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
     return KVMETA_OK;
 }
 
-/* Accepts a zeroed or a closed file. */
+/* Accepts a zeroed or a closed file. That closing fails is not looked at:
+ * what must be on disk has been synced before, and that was checked. */
 static void kv_file_close(struct kv_env *env, struct kv_file *file)
 {
     if (!file->open) return;
@@ -891,6 +963,7 @@ static void kv_file_close(struct kv_env *env, struct kv_file *file)
     env->vfs->file_close(env->vfs->user, file->handle);
 }
 
+/* Bytes, as the system says now; nothing keeps others from changing it. */
 static int kv_file_size(struct kv_env *env, const struct kv_file *file,
                         uint64_t *bytes, struct kvmeta_error *err)
 {
@@ -899,7 +972,8 @@ static int kv_file_size(struct kv_env *env, const struct kv_file *file,
     return e ? kv_fail_file(err, file, e, "size", 0) : KVMETA_OK;
 }
 
-/* Reads exactly `bytes`; a file that ends before is KVMETA_E_CORRUPT. */
+/* Reads exactly `bytes`; a file that ends before is KVMETA_E_CORRUPT.
+ * After an error the contents of buf are undefined. */
 static int kv_file_read(struct kv_env *env, const struct kv_file *file,
                         void *buf, size_t bytes, uint64_t off,
                         struct kvmeta_error *err)
@@ -926,6 +1000,8 @@ static int kv_file_read(struct kv_env *env, const struct kv_file *file,
     return KVMETA_OK;
 }
 
+/* Writes exactly `bytes` at `off`, or fails; then any part of it may be in
+ * the file, even after KVMETA_E_NOSPACE. It is not on disk before a sync. */
 static int kv_file_write(struct kv_env *env, const struct kv_file *file,
                          const void *buf, size_t bytes, uint64_t off,
                          struct kvmeta_error *err)
@@ -951,7 +1027,9 @@ static int kv_file_write(struct kv_env *env, const struct kv_file *file,
 }
 
 /* A failed sync is always KVMETA_E_IO, whatever its errno: the pages that it
- * could not write may be gone, so that nothing may be retried. */
+ * could not write may be gone, so that nothing may be retried. The system may
+ * have marked them as clean, and a second sync would succeed without them.
+ * That is why EINTR is no exception here, either. */
 static int kv_file_sync(struct kv_env *env, const struct kv_file *file,
                         struct kvmeta_error *err)
 {
@@ -964,6 +1042,7 @@ static int kv_file_sync(struct kv_env *env, const struct kv_file *file,
     return err->code = KVMETA_E_IO;
 }
 
+/* Cuts the file off at `bytes`; needs no space. */
 static int kv_file_truncate(struct kv_env *env, const struct kv_file *file,
                             uint64_t bytes, struct kvmeta_error *err)
 {
@@ -973,7 +1052,10 @@ static int kv_file_truncate(struct kv_env *env, const struct kv_file *file,
     return e ? kv_fail_file(err, file, e, "truncate", bytes) : KVMETA_OK;
 }
 
-/* A file that is not there is no error. */
+/* A file that is not there is no error. Readers that have it open go on.
+ * The entry is gone for good only after a sync of the directory, but
+ * nothing relies on that: what comes back is unlisted, and deleted by the
+ * next open (F1). */
 static int kv_file_unlink(struct kv_env *env, int kind, uint64_t id,
                           struct kvmeta_error *err)
 {
@@ -987,6 +1069,8 @@ static int kv_file_unlink(struct kv_env *env, int kind, uint64_t id,
     return kv_fail_file(err, &file, e, "unlink", 0);
 }
 
+/* Makes new names, and renames, of the store's directory durable. A sync of a
+ * file does not do that for its name. */
 static int kv_dir_sync(struct kv_env *env, struct kvmeta_error *err)
 {
     int e = env->vfs->dir_sync(env->vfs->user, env->dir);
@@ -994,11 +1078,20 @@ static int kv_dir_sync(struct kv_env *env, struct kvmeta_error *err)
     if (!e) return KVMETA_OK;
     return kv_fail(err, KVMETA_E_IO, e, "sync of the directory: error %d", e);
 }
+
 /* ==========================================================================
  * POSIX
  *
  * The default kvmeta_vfs: the only system calls on files. Handles are file
- * descriptors.
+ * descriptors. The contract of each function is in kvmeta.h, at struct
+ * kvmeta_vfs: 0 or a positive errno, bytes or a negative errno. Nothing here
+ * has state, so `user` is not looked at, and any thread may call. EINTR is
+ * passed on to kv_file_*, which know where it is safe to try again.
+ *
+ * Hostile directories are met here: names are opened relative to a descriptor
+ * of the directory, which stays the same if the path to it is moved or
+ * replaced; links are not followed, and neither pipes nor devices are waited
+ * for. All descriptors are closed by an exec of the host.
  * ========================================================================== */
 
 static int kv_posix_dir_create(void *user, const char *path)
@@ -1007,6 +1100,10 @@ static int kv_posix_dir_create(void *user, const char *path)
     return mkdir(path, 0700) == 0 ? 0 : errno;
 }
 
+/* Makes data and size durable. fdatasync leaves out times, which nobody
+ * reads here, but not the size, without which data could not be read. On
+ * macOS fsync does not flush the disk's own cache, and F_FULLFSYNC does;
+ * file systems that do not know it get an fsync. */
 static int kv_posix_sync_fd(int fd)
 {
 #if defined(__APPLE__)
@@ -1019,6 +1116,7 @@ static int kv_posix_sync_fd(int fd)
 #endif
 }
 
+/* Here a link is followed: the host may put its store behind one. */
 static int kv_posix_dir_open(void *user, const char *path, int *dir)
 {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -1029,6 +1127,7 @@ static int kv_posix_dir_open(void *user, const char *path, int *dir)
     return 0;
 }
 
+/* Not fdatasync: names need not count as data of a directory everywhere. */
 static int kv_posix_dir_sync(void *user, int dir)
 {
     (void)user;
@@ -1041,7 +1140,10 @@ static int kv_posix_dir_close(void *user, int dir)
     return close(dir) == 0 ? 0 : errno;
 }
 
-/* Syncs the directory that holds the last component of `path`. */
+/* Syncs the directory that holds the last component of `path`: without it
+ * a power cut could take away a store that was just created, as a whole.
+ * Slashes at the end do not count; a path without others is in the working
+ * directory. The memory is not realloc_fn's, which the vfs does not know. */
 static int kv_posix_dir_sync_parent(void *user, const char *path)
 {
     size_t n = strlen(path);
@@ -1063,6 +1165,10 @@ static int kv_posix_dir_sync_parent(void *user, const char *path)
     return e;
 }
 
+/* Calls fn for each name, "." and ".." included, until it returns an
+ * errno. The directory is opened again: fdopendir would take over the
+ * descriptor, and a copy of it would share the position of an earlier
+ * listing. */
 static int kv_posix_dir_list(void *user, int dir,
                              int (*fn)(void *arg, const char *name), void *arg)
 {
@@ -1093,6 +1199,9 @@ static int kv_posix_dir_list(void *user, int dir,
     return e;
 }
 
+/* O_NONBLOCK lets the open of a pipe return, and means nothing for a regular
+ * file. Only after the open, by its own descriptor, can one tell without a
+ * race what it is. Mode 0600: records are nobody else's business. */
 static int kv_posix_file_open(void *user, int dir, const char *name, int flags,
                               int *file)
 {
@@ -1117,6 +1226,9 @@ static int kv_posix_file_open(void *user, int dir, const char *name, int flags,
     return 0;
 }
 
+/* flock belongs to the open file: a second open by the same process fails,
+ * too, and no close of another descriptor drops it, as it would drop fcntl's.
+ * A forked child shares it: its close leaves the parent's lock alone. */
 static int kv_posix_file_lock(void *user, int file)
 {
     (void)user;
@@ -1133,8 +1245,12 @@ static int kv_posix_file_size(void *user, int file, uint64_t *bytes)
     return 0;
 }
 
+/* More than this is moved in parts: some systems refuse, or cut off, what
+ * does not fit in an int. */
 enum { KV_POSIX_IO_MAX = 1 << 30 };
 
+/* At most KV_POSIX_IO_MAX bytes a call; kv_file_read asks for the rest. off_t
+ * has 64 bits: see the top of this file. */
 static int64_t kv_posix_file_read(void *user, int file, void *buf,
                                   size_t bytes, uint64_t off)
 {
@@ -1146,6 +1262,7 @@ static int64_t kv_posix_file_read(void *user, int file, void *buf,
     return n < 0 ? -(int64_t)errno : (int64_t)n;
 }
 
+/* Likewise. A short write is no error; the next call tells the reason. */
 static int64_t kv_posix_file_write(void *user, int file, const void *buf,
                                    size_t bytes, uint64_t off)
 {
@@ -1157,6 +1274,7 @@ static int64_t kv_posix_file_write(void *user, int file, const void *buf,
     return n < 0 ? -(int64_t)errno : (int64_t)n;
 }
 
+/* Never makes a file longer: its callers cut off. */
 static int kv_posix_file_truncate(void *user, int file, uint64_t bytes)
 {
     (void)user;
@@ -1169,12 +1287,16 @@ static int kv_posix_file_sync(void *user, int file)
     return kv_posix_sync_fd(file);
 }
 
+/* After EINTR the descriptor is gone on Linux and must not be closed
+ * again: it may be another thread's by then. */
 static int kv_posix_file_close(void *user, int file)
 {
     (void)user;
     return close(file) == 0 ? 0 : errno;
 }
 
+/* Replaces `to` at once: a crash leaves the old file or the new one. Durable
+ * with the next sync of the directory. */
 static int kv_posix_rename(void *user, int dir, const char *from,
                            const char *to)
 {
@@ -1188,6 +1310,8 @@ static int kv_posix_unlink(void *user, int dir, const char *name)
     return unlinkat(dir, name, 0) == 0 ? 0 : errno;
 }
 
+/* From the device, which every system has; nothing here runs often enough for
+ * getrandom or arc4random to be worth their differences. */
 static int kv_posix_random(void *user, void *buf, size_t bytes)
 {
     unsigned char *p = buf;
@@ -1212,6 +1336,7 @@ static int kv_posix_random(void *user, void *buf, size_t bytes)
     return e;
 }
 
+/* Monotonic: the host may set its clock. */
 static uint64_t kv_posix_clock_ns(void *user)
 {
     struct timespec now;
@@ -1221,12 +1346,16 @@ static uint64_t kv_posix_clock_ns(void *user)
     return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
+/* Asked for at each write, unless the system tells a child otherwise: see
+ * kv_forked. */
 static uint64_t kv_posix_process_id(void *user)
 {
     (void)user;
     return (uint64_t)getpid();
 }
 
+/* Constant, so that it may be shared by all handles, and copied by a host
+ * that replaces some of its functions. */
 const struct kvmeta_vfs *kvmeta_vfs_posix(void)
 {
     static const struct kvmeta_vfs vfs = {
