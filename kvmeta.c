@@ -235,6 +235,10 @@
 #endif
 #define KV_MUTANT(n) (KVMETA_MUTANT == (n))
 
+_Static_assert(CHAR_BIT == 8, "the formats count in bytes of 8 bits");
+_Static_assert(sizeof(off_t) == 8, "files may be larger than 2 GiB");
+_Static_assert(sizeof(size_t) >= 4, "blocks must fit in memory");
+
 /* ==========================================================================
  * Limits and results
  *
@@ -258,11 +262,16 @@ enum {
  * to. */
 #define KV_NUMBER_MAX ((uint64_t)1 << 62)
 
+_Static_assert((KV_CACHE_LINE & (KV_CACHE_LINE - 1)) == 0, "a power of two");
+_Static_assert(KV_NAME_BYTES > 21, "w<16 digits>.wal with its NUL");
+
 /* Internal results, never returned by a public function. */
 enum {
     KV_END = 100,                 /* a source has no more records */
     KV_STOPPED = 101              /* the store is closing; give up quietly */
 };
+
+_Static_assert(KV_END > (int)KVMETA_CONFLICT, "not to be taken for an answer");
 
 /* The widths of a store and what follows from them. Immutable after open. */
 struct kv_shape {
@@ -299,6 +308,7 @@ static uint64_t kv_align_up(uint64_t n, uint64_t align)
 {
     assert(align > 0);
     assert((align & (align - 1)) == 0);
+    assert(n <= UINT64_MAX - align);
     return (n + align - 1) & ~(align - 1);
 }
 
@@ -319,6 +329,8 @@ static void kv_copy(void *to, const void *from, size_t n)
 
 static bool kv_same(const void *a, const void *b, size_t n)
 {
+    assert(n == 0 || a);
+    assert(n == 0 || b);
     if (n == 16) return memcmp(a, b, 16) == 0;
     if (n == 8) return memcmp(a, b, 8) == 0;
     return n == 0 || memcmp(a, b, n) == 0;
@@ -401,6 +413,7 @@ static inline uint64_t kv_key_head(const struct kv_shape *shape,
 {
     unsigned char padded[8] = {0};
 
+    assert(shape->key_bytes > 0);
     if (KV_LIKELY(shape->key_bytes >= 8)) return kv_load_be64(key);
     memcpy(padded, key, shape->key_bytes);
     return kv_load_be64(padded);
@@ -448,6 +461,8 @@ static void kv_crc_init(struct kv_crc *crc, bool allow_hardware)
             c = (c & 1) ? (c >> 1) ^ 0x82F63B78u : c >> 1;
         crc->table[i] = c;
     }
+    assert(crc->table[0] == 0);
+    assert(crc->table[128] == 0x82F63B78u);
 }
 
 /* `sum` is inverted already, before and after. Eight bytes at a time, in the
@@ -486,6 +501,7 @@ static uint32_t kv_crc_add(const struct kv_crc *crc, uint32_t sum,
 {
     const unsigned char *p = bytes;
 
+    assert(n == 0 || bytes);
     sum = ~sum;
     if (crc->hardware) {
         sum = kv_crc_hardware(sum, p, n);
@@ -522,6 +538,10 @@ static uint32_t kv_crc_add(const struct kv_crc *crc, uint32_t sum,
 #define KV_DIGEST_ODD_B 0xA54FF53A5F1D36F1u
 #define KV_DIGEST_TOMBSTONE 0x510E527FADE682D1u
 
+_Static_assert(KV_DIGEST_ODD_A & 1, "or the step is no bijection");
+_Static_assert(KV_DIGEST_ODD_B & 1, "or the step is no bijection");
+_Static_assert(KV_DIGEST_ODD_A != KV_DIGEST_ODD_B, "lanes must not agree");
+
 /* For a given word a bijection of h, and for a given h one of the word:
  * what differs stays different under the same word, and a different word
  * makes a difference. The shift brings the high bits, which a product
@@ -555,6 +575,8 @@ static struct kvmeta_digest kv_digest_record(const struct kv_shape *shape,
 {
     struct kvmeta_digest h = {KV_DIGEST_SEED_A, KV_DIGEST_SEED_B};
 
+    assert(key);
+    assert(shape->record_bytes == shape->key_bytes + shape->value_bytes);
     kv_digest_mix_bytes(&h, key, shape->key_bytes);
     if (value)
         kv_digest_mix_bytes(&h, value, shape->value_bytes);
@@ -622,6 +644,9 @@ static int kv_fail(struct kvmeta_error *err, int code, int sys_errno,
     va_list args;
 
     assert(code != KVMETA_OK);
+    assert(code >= KVMETA_E_FORKED);
+    assert(code <= KVMETA_CONFLICT);
+    assert(format);
     if (!err) return code;
     err->code = code;
     err->sys_errno = sys_errno;
@@ -671,6 +696,7 @@ static bool kv_uses_pages(const struct kv_env *env, size_t bytes)
  * kv_free_pages gets it with the same size. NULL: there is none. */
 static void *kv_alloc_pages(struct kv_env *env, size_t bytes)
 {
+    assert(bytes > 0);
 #if defined(MAP_ANONYMOUS)
     if (kv_uses_pages(env, bytes)) {
         void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
@@ -719,6 +745,8 @@ static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
     size_t want = *cap ? *cap : 16;
     void *p;
 
+    assert(element_bytes > 0);
+    assert(*cap == 0 || *array);
     if (need <= *cap) return KVMETA_OK;
     while (want < need) {
         if (want > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
@@ -729,6 +757,7 @@ static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
     if (!p) return kv_fail_memory(err, want * element_bytes);
     *array = p;
     *cap = want;
+    assert(*cap >= need);
     return KVMETA_OK;
 }
 
@@ -741,6 +770,8 @@ static void kv_log(struct kv_env *env, int level, const char *format, ...)
     char message[320];
     va_list args;
 
+    assert(level >= KVMETA_LOG_ERROR);
+    assert(level <= KVMETA_LOG_INFO);
     if (!env->log_fn) return;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
@@ -807,6 +838,8 @@ static void kv_file_name(int kind, uint64_t id, char name[KV_NAME_BYTES])
         "", "LOCK", "MANIFEST", "MANIFEST.tmp"
     };
 
+    assert(kind >= KV_FILE_LOCK);
+    assert(kind <= KV_FILE_TABLE);
     if (kind <= KV_FILE_MANIFEST_TMP)
         snprintf(name, KV_NAME_BYTES, "%s", fixed[kind]);
     else
@@ -861,6 +894,9 @@ static uint32_t kv_crc_file_seed(const struct kv_env *env, int kind,
 {
     unsigned char bytes[KV_UUID_BYTES + 4 + 8 + KV_SALT_BYTES];
 
+    _Static_assert(KV_UUID_BYTES == 16, "as the offsets below");
+    _Static_assert(sizeof bytes == 44, "as the offsets below");
+
     memcpy(bytes, env->uuid, KV_UUID_BYTES);
     kv_store_le32(bytes + 16, (uint32_t)kind);
     kv_store_le64(bytes + 20, id);
@@ -877,6 +913,7 @@ static int kv_fail_file(struct kvmeta_error *err, const struct kv_file *file,
     char name[KV_NAME_BYTES];
     int code = KVMETA_E_IO;
 
+    assert(sys_errno != 0);
     if (sys_errno == ENOSPC || sys_errno == EDQUOT || sys_errno == EFBIG)
         code = KVMETA_E_NOSPACE;
     if (sys_errno == ENOMEM) code = KVMETA_E_NOMEM;
@@ -917,6 +954,7 @@ static int kv_random(struct kv_env *env, void *buf, size_t bytes,
 {
     int e = env->vfs->random(env->vfs->user, buf, bytes);
 
+    assert(bytes > 0);
     if (!e) return KVMETA_OK;
     return kv_fail(err, kv_open_code(e), e, "random numbers: error %d", e);
 }
@@ -932,6 +970,9 @@ static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
     int handle = -1;
     int e;
 
+    assert(env->dir >= 0);
+    assert(!(flags & KVMETA_VFS_CREATE) || (flags & KVMETA_VFS_WRITE));
+    assert(!(flags & KVMETA_VFS_EXCL) || (flags & KVMETA_VFS_CREATE));
     memset(file, 0, sizeof *file);
     file->kind = (uint8_t)kind;
     file->id = id;
@@ -969,6 +1010,7 @@ static int kv_file_size(struct kv_env *env, const struct kv_file *file,
 {
     int e = env->vfs->file_size(env->vfs->user, file->handle, bytes);
 
+    assert(file->open);
     return e ? kv_fail_file(err, file, e, "size", 0) : KVMETA_OK;
 }
 
@@ -982,6 +1024,7 @@ static int kv_file_read(struct kv_env *env, const struct kv_file *file,
     int retries = 0;
 
     assert(file->open);
+    assert(bytes == 0 || buf);
     while (bytes > 0) {
         int64_t n = env->vfs->file_read(env->vfs->user, file->handle, p,
                                         bytes, off);
@@ -1010,6 +1053,8 @@ static int kv_file_write(struct kv_env *env, const struct kv_file *file,
     int retries = 0;
 
     assert(file->open);
+    assert(bytes == 0 || buf);
+    assert(off < KV_NUMBER_MAX);
     while (bytes > 0) {
         int64_t n = env->vfs->file_write(env->vfs->user, file->handle, p,
                                          bytes, off);
@@ -1063,6 +1108,8 @@ static int kv_file_unlink(struct kv_env *env, int kind, uint64_t id,
     char name[KV_NAME_BYTES];
     int e;
 
+    assert(kind != KV_FILE_LOCK);      /* it would no longer keep others out */
+    assert(kind != KV_FILE_MANIFEST);  /* it is only ever replaced */
     kv_file_name(kind, id, name);
     e = env->vfs->unlink(env->vfs->user, env->dir, name);
     if (e == 0 || e == ENOENT) return KVMETA_OK;
@@ -1075,6 +1122,7 @@ static int kv_dir_sync(struct kv_env *env, struct kvmeta_error *err)
 {
     int e = env->vfs->dir_sync(env->vfs->user, env->dir);
 
+    assert(env->dir >= 0);
     if (!e) return KVMETA_OK;
     return kv_fail(err, KVMETA_E_IO, e, "sync of the directory: error %d", e);
 }
@@ -1157,6 +1205,7 @@ static int kv_posix_dir_sync_parent(void *user, const char *path)
     while (n > 0 && parent[n - 1] != '/') n--;
     if (n == 0) parent[n++] = '.';
     parent[n] = '\0';
+    assert(parent[n - 1] == '/' || parent[n - 1] == '.');
     e = kv_posix_dir_open(user, parent, &dir);
     free(parent);
     if (e) return e;
@@ -1241,6 +1290,7 @@ static int kv_posix_file_size(void *user, int file, uint64_t *bytes)
 
     (void)user;
     if (fstat(file, &st) != 0) return errno;
+    assert(st.st_size >= 0);
     *bytes = (uint64_t)st.st_size;
     return 0;
 }
@@ -1248,6 +1298,8 @@ static int kv_posix_file_size(void *user, int file, uint64_t *bytes)
 /* More than this is moved in parts: some systems refuse, or cut off, what
  * does not fit in an int. */
 enum { KV_POSIX_IO_MAX = 1 << 30 };
+
+_Static_assert(KV_POSIX_IO_MAX <= INT_MAX, "ssize_t holds what was moved");
 
 /* At most KV_POSIX_IO_MAX bytes a call; kv_file_read asks for the rest. off_t
  * has 64 bits: see the top of this file. */
@@ -1259,6 +1311,7 @@ static int64_t kv_posix_file_read(void *user, int file, void *buf,
     (void)user;
     bytes = (size_t)kv_min(bytes, KV_POSIX_IO_MAX);
     n = pread(file, buf, bytes, (off_t)off);
+    assert(n <= KV_POSIX_IO_MAX);
     return n < 0 ? -(int64_t)errno : (int64_t)n;
 }
 
@@ -1271,6 +1324,7 @@ static int64_t kv_posix_file_write(void *user, int file, const void *buf,
     (void)user;
     bytes = (size_t)kv_min(bytes, KV_POSIX_IO_MAX);
     n = pwrite(file, buf, bytes, (off_t)off);
+    assert(n <= KV_POSIX_IO_MAX);
     return n < 0 ? -(int64_t)errno : (int64_t)n;
 }
 
@@ -1343,6 +1397,8 @@ static uint64_t kv_posix_clock_ns(void *user)
 
     (void)user;
     clock_gettime(CLOCK_MONOTONIC, &now);
+    assert(now.tv_sec >= 0);
+    assert(now.tv_nsec < 1000000000);
     return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
