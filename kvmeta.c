@@ -1476,6 +1476,9 @@ enum {
     KV_POOL_KEEP = 64             /* free nodes that are always kept */
 };
 
+_Static_assert((KV_SLAB_BYTES & (KV_SLAB_BYTES - 1)) == 0, "for kv_slab_map");
+_Static_assert(KV_AHEAD_MIN >= KV_SLAB_BYTES, "one more must be little");
+
 struct kv_node;
 
 /* A piece of memory cut into nodes of one size. It is described from outside,
@@ -1533,6 +1536,9 @@ struct kv_node {
 };
 
 _Static_assert(sizeof(struct kv_node) % 8 == 0, "heads must stay aligned");
+#if KV_X86
+_Static_assert(sizeof(struct kv_node) == 32, "vectors of heads are aligned");
+#endif
 
 /* Slabs that are almost full come first, and are used first; empty ones come
  * last, so that they stay empty and can be given back. A slab comes back to
@@ -1552,10 +1558,14 @@ static void kv_slab_link(struct kv_pool *pool, struct kv_slab *slab)
         slab->next->prev = slab;
     else
         pool->open_last = slab;
+    assert(!pool->open->prev);
+    assert(!pool->open_last->next);
 }
 
 static void kv_slab_unlink(struct kv_pool *pool, struct kv_slab *slab)
 {
+    assert(slab->prev || pool->open == slab);
+    assert(slab->next || pool->open_last == slab);
     if (slab->prev)
         slab->prev->next = slab->next;
     else
@@ -1580,6 +1590,7 @@ static void *kv_slab_map(size_t bytes)
 
     if (p == MAP_FAILED) return NULL;
     before = (size_t)(kv_align_up((uintptr_t)p, bytes) - (uintptr_t)p);
+    assert(before < bytes);
     if (before) munmap(p, before);
     munmap(p + before + bytes, bytes - before);
 #  if defined(MADV_HUGEPAGE)
@@ -1645,6 +1656,8 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
     bytes -= bytes % pool->node_bytes;
     if (bytes > KV_SLAB_BYTES / 2 && eight <= KV_SLAB_BYTES)
         bytes = KV_SLAB_BYTES;
+    assert(bytes >= eight);
+    assert(pool->node_bytes % KV_CACHE_LINE == 0);
     if (bytes > room)
         return kv_fail(err, KVMETA_E_LIMIT, 0,
                        "memory_bytes_max: no room for %zu more bytes", bytes);
@@ -1662,6 +1675,9 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
     slab->base += kv_align_up((uintptr_t)slab->base, KV_CACHE_LINE)
         - (uintptr_t)slab->base;
     slab->cap = (uint32_t)(bytes / pool->node_bytes);
+    assert((uintptr_t)slab->base % KV_CACHE_LINE == 0);
+    assert(slab->base + slab->cap * pool->node_bytes
+           <= (unsigned char *)slab->memory + bytes + KV_CACHE_LINE);
     kv_slab_link(pool, slab);
     pool->bytes += bytes;
     pool->free_nodes += slab->cap;
@@ -1674,6 +1690,9 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
 static void kv_pool_drop(struct kv_pool *pool, struct kv_slab *slab)
 {
     assert(slab->used == 0);
+    assert(pool->empty_slabs > 0);
+    assert(pool->bytes >= slab->bytes);
+    assert(pool->free_nodes >= slab->cap);
     kv_slab_unlink(pool, slab);
     pool->bytes -= slab->bytes;
     pool->free_nodes -= slab->cap;
@@ -1695,6 +1714,7 @@ static struct kv_node *kv_pool_take(struct kv_pool *pool)
 
     assert(slab);
     assert(slab->used < slab->cap);
+    assert(pool->free_nodes > 0);
     if (slab->used++ == 0) pool->empty_slabs--;
     node = slab->free_nodes;
     if (node) {
@@ -1705,6 +1725,8 @@ static struct kv_node *kv_pool_take(struct kv_pool *pool)
                                           * slab->carved++);
         node->slab = slab;
     }
+    assert(node->slab == slab);
+    assert(slab->used <= slab->carved);
     if (slab->used == slab->cap) kv_slab_unlink(pool, slab);
     pool->free_nodes--;
     pool->used_nodes++;
@@ -1718,6 +1740,8 @@ static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
     struct kv_slab *slab = node->slab;
 
     assert(slab->used > 0);
+    assert(slab->used <= slab->carved);
+    assert(pool->used_nodes > 0);
     if (slab->used == slab->cap) kv_slab_link(pool, slab);
     node->dead_next = slab->free_nodes;
     slab->free_nodes = node;
@@ -1834,6 +1858,11 @@ enum {
     KV_RECLAIM_MAX = 512          /* nodes freed per hold of the lock */
 };
 
+_Static_assert(KV_LEAF_BYTES % KV_CACHE_LINE == 0, "nodes are whole lines");
+_Static_assert(KV_INNER_BYTES % KV_CACHE_LINE == 0, "nodes are whole lines");
+_Static_assert(KV_LEAF_MIN >= 2, "a split leaves records on both sides");
+_Static_assert(KV_INNER_MIN >= 2, "a split leaves children on both sides");
+_Static_assert(KV_BATCH % 4 == 0, "four fingerprints make a word");
 #define KV_HEAD_PAD INT64_MAX
 
 /* Where the arrays of a node are: offsets from its start, in bytes. One for
@@ -1883,6 +1912,8 @@ struct kv_version {
 struct kv_slot {
     _Alignas(KV_CACHE_LINE) _Atomic uint64_t gen;   /* 0: free */
 };
+
+_Static_assert(sizeof(struct kv_slot) == KV_CACHE_LINE, "a line for each");
 
 /*
  * All records of a store in memory. The members above `current` are fixed
@@ -1965,6 +1996,7 @@ static unsigned char *kv_value(const struct kv_tree *t,
                                const struct kv_node *leaf, size_t i)
 {
     assert(leaf->level == 0);
+    assert(i < t->leaf.cap);
     return kv_node_at(leaf, t->leaf.row_off) + i * t->leaf.row_bytes
         + t->env->shape.tail_bytes;
 }
@@ -2000,6 +2032,7 @@ static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
     uint32_t head = (uint32_t)sizeof(struct kv_node);
     bool inner = child_bytes > 0;
 
+    assert(bytes > head);
     l->row_bytes = row_bytes;
     for (l->cap = (uint32_t)kv_max(min, (bytes - head) / entry);; l->cap--) {
         /* The heads fill their cache lines; a vector is four of them. */
@@ -2012,6 +2045,9 @@ static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
                                              8);
         l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
                                          KV_CACHE_LINE);
+        assert(l->cap >= min);
+        assert(l->cap_padded >= l->cap);
+        assert(l->cap_padded % 8 == 4);
         if (l->bytes <= bytes || l->cap == min) return;
     }
 }
@@ -2038,6 +2074,7 @@ static size_t kv_count_avx2(const int64_t *heads, size_t n, int64_t head)
     __m256i sum = _mm256_setzero_si256();
     __m128i half;
 
+    assert((uintptr_t)heads % sizeof want == 0);
     for (size_t i = 0; i < n; i += 4) {
         __m256i x = _mm256_load_si256((const __m256i *)(const void *)
                                       (heads + i));
@@ -2056,6 +2093,7 @@ static size_t kv_count_sse42(const int64_t *heads, size_t n, int64_t head)
     __m128i want = _mm_set1_epi64x(head);
     __m128i sum = _mm_setzero_si128();
 
+    assert((uintptr_t)heads % sizeof want == 0);
     for (size_t i = 0; i < n; i += 2) {
         __m128i x = _mm_load_si128((const __m128i *)(const void *)(heads + i));
 
@@ -2140,6 +2178,8 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
     size_t low = kv_count_less(t, heads, n, p.head);
     size_t high;
 
+    assert(n <= node->count);
+    assert(low <= n);
     *match = false;
     if (low >= n || heads[low] != p.head) return low;
     if (kv_same(kv_row(t, node, low), p.tail, tail_bytes)) {
@@ -2161,6 +2201,7 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
         else
             high = middle;
     }
+    assert(low <= n);
     return low;
 }
 
@@ -2171,6 +2212,8 @@ static size_t kv_inner_child(const struct kv_tree *t,
 {
     bool match;
 
+    assert(node->level > 0);
+    assert(node->count > 0);
     return kv_node_rank(t, node, node->count - 1, p, true, &match);
 }
 
@@ -2201,7 +2244,9 @@ static const unsigned char *kv_tree_find(const struct kv_tree *t,
         node = kv_children(t, node)[kv_inner_child(t, node, p)];
         kv_node_prefetch(node, level > 1 ? t->inner.bytes : t->leaf.bytes);
         KV_SCHED_POINT("descend");
+        assert(node->level + 1 == level);
     }
+    assert(node->level == 0);
     i = kv_node_rank(t, node, node->count, p, false, &match);
     return match ? kv_value(t, node, i) : NULL;
 }
@@ -2240,6 +2285,8 @@ static void kv_leaf_rank_many(const struct kv_tree *t,
     size_t lines = t->leaf.lines;
     size_t half;
 
+    assert(n <= KV_BATCH);
+    assert(lines > 1);
     for (size_t i = 0; i < n; i++) {
         ranks[i] = 0;             /* a line, until the end */
         KV_PREFETCH(kv_heads(leaves[i]) + 8 * (lines / 2) - 4);
@@ -2285,6 +2332,7 @@ static void kv_inner_child_many(const struct kv_tree *t,
     for (size_t i = 0; i < n; i++) {
         if (kv_heads(nodes[i])[at[i]] == probes[i].head)
             at[i] = kv_inner_child(t, nodes[i], probes[i]);
+        assert(at[i] < nodes[i]->count);
         nodes[i] = kv_children(t, nodes[i])[at[i]];
     }
 }
@@ -2298,6 +2346,8 @@ static void kv_tree_descend_many(const struct kv_tree *t,
                                  const struct kv_node **nodes, size_t *ranks)
 {
     assert(n <= KV_BATCH);
+    assert(v->root);
+    assert(v->height > 0);
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
         KV_SCHED_POINT("descend");
@@ -2314,6 +2364,8 @@ static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
 {
     bool match;
 
+    assert(leaf->level == 0);
+    assert(*place <= leaf->count);
     if (*place >= leaf->count || kv_heads(leaf)[*place] != p.head)
         return false;
     if (kv_same(kv_row(t, leaf, *place), p.tail, t->env->shape.tail_bytes))
