@@ -2527,6 +2527,8 @@ static struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
         uint64_t gen = atomic_load(&t->gen);
         uint64_t free_slot = 0;
 
+        assert(gen > 0);
+        assert(i < KV_SLOTS);
         if (KV_UNLIKELY(!(atomic_load(&t->slots_used) >> i & 1)))
             atomic_fetch_or(&t->slots_used, (uint64_t)1 << i);
         if (KV_LIKELY(!atomic_load_explicit(&t->slots[i].gen,
@@ -2551,6 +2553,8 @@ static struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
  * Nobody is woken; what is left to be freed waits for the next edit. */
 static void kv_tree_unpin(struct kv_tree *t, unsigned slot)
 {
+    assert(slot < KV_SLOTS);
+    assert(t->slots[slot].gen > 0);
     atomic_store_explicit(&t->slots[slot].gen, 0, memory_order_release);
 }
 
@@ -2574,6 +2578,7 @@ static uint64_t kv_slots_oldest(struct kv_tree *t)
 /* Back to its pool: no version may see it, nor any reader be in it. */
 static void kv_node_free_locked(struct kv_tree *t, struct kv_node *node)
 {
+    assert(node->slab);
     kv_pool_give(kv_pool_of(t, node), node);
 }
 
@@ -2598,9 +2603,13 @@ static bool kv_version_free_locked(struct kv_tree *t, struct kv_version *v,
 {
     uint64_t older_gen = v->older ? v->older->gen : 0;
 
+    assert(v->newer);
+    assert(v != kv_tree_current(t));
+    assert(older_gen < v->gen);
     while (v->dead && *budget > 0) {
         struct kv_node *node = v->dead;
 
+        assert(t->dead_bytes >= kv_layout_of(t, node)->bytes);
         v->dead = node->dead_next;
         t->dead_bytes -= kv_layout_of(t, node)->bytes;
         if (node->gen > older_gen)
@@ -2632,6 +2641,7 @@ static bool kv_tree_reclaim_locked(struct kv_tree *t)
 
     for (struct kv_version *v = t->oldest; v->newer; v = next) {
         next = v->newer;
+        assert(v->gen < next->gen);
         if (atomic_load(&v->refs) > 0) continue;
         if (v->gen >= pinned) {
             t->unreclaimed = true;
@@ -2742,6 +2752,8 @@ static void kv_tree_need(const struct kv_tree *t, uint64_t n,
     made = kv_min(n * (height + 1), t->inners.used_nodes
                   + 4 * made / (t->inner.cap / 2) + height + 2);
     *inners = made + kv_min(2 * n * height, t->inners.used_nodes + made);
+    assert(*leaves <= 4 * n);
+    assert(*inners <= n * (3 * height + 1));
 }
 
 /* Sees to it that so many nodes are free in the pool, and stay so. What has
@@ -2762,6 +2774,7 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
 
         rc = kv_pool_grow(pool, room, err);
     }
+    assert(rc || pool->free_nodes >= nodes);
     return rc;
 }
 
@@ -2806,6 +2819,7 @@ static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
  * nobody can begin to hold it. */
 static bool kv_tree_close_gate(struct kv_tree *t)
 {
+    assert(!t->gate);
     atomic_store(&t->gate, true);
     KV_SCHED_POINT("gate");
     if (kv_slots_oldest(t) == UINT64_MAX
@@ -2843,6 +2857,8 @@ static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
     struct kv_version *base = kv_tree_current(t);
     struct kv_version *v;
 
+    assert(base);
+    assert(!base->newer);
     memset(e, 0, sizeof *e);
     e->tree = t;
     if (in_place_allowed && kv_tree_close_gate(t)) {
@@ -2908,6 +2924,7 @@ static struct kv_node *kv_edit_new(struct kv_edit *e, uint32_t level)
     struct kv_tree *t = e->tree;
     struct kv_node *node;
 
+    assert(level < KV_HEIGHT_MAX);
     pthread_mutex_lock(&t->lock);
     node = kv_pool_take(level == 0 ? &t->leaves : &t->inners);
     pthread_mutex_unlock(&t->lock);
@@ -2928,6 +2945,7 @@ static void kv_edit_retire(struct kv_edit *e, struct kv_node *node)
 {
     struct kv_tree *t = e->tree;
 
+    assert(node->gen <= e->version->gen);
     if (node->gen < e->version->gen && !e->in_place) {
         node->dead_next = e->dead;    /* buried when the edit is published */
         e->dead = node;
@@ -2952,6 +2970,7 @@ static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
 
     if (KV_LIKELY(old->gen == e->version->gen)) return old;
     assert(old->gen < e->version->gen);
+    assert(old->count <= l->cap);
     /* All three arrays, as far as they are used: the new node's heads are
      * padded already, and an inner node's last row is never read. */
     node = kv_edit_new(e, old->level);
@@ -2971,6 +2990,7 @@ static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
 /* Number of keys in a node: an inner one has a separator less than children. */
 static size_t kv_node_keys(const struct kv_node *node)
 {
+    assert(node->level == 0 || node->count > 0);
     return node->level == 0 ? node->count : node->count - 1;
 }
 
@@ -2983,6 +3003,9 @@ static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
 {
     size_t row_bytes = kv_layout_of(t, to)->row_bytes;
 
+    assert(to->level == from->level);
+    assert(to_i + n <= kv_layout_of(t, to)->cap);
+    assert(from_i + n <= kv_layout_of(t, from)->cap);
     memmove(kv_heads(to) + to_i, kv_heads(from) + from_i, 8 * n);
     if (row_bytes)
         memmove(kv_row(t, to, to_i), kv_row(t, from, from_i), n * row_bytes);
@@ -2994,6 +3017,8 @@ static void kv_children_move(const struct kv_tree *t, struct kv_node *to,
                              size_t to_i, const struct kv_node *from,
                              size_t from_i, size_t n)
 {
+    assert(to_i + n <= t->inner.cap);
+    assert(from_i + n <= t->inner.cap);
     memmove(kv_children(t, to) + to_i, kv_children(t, from) + from_i,
             n * sizeof to);
 }
@@ -3002,6 +3027,7 @@ static void kv_children_move(const struct kv_tree *t, struct kv_node *to,
 static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
                        struct kv_probe p)
 {
+    assert(i < kv_layout_of(t, node)->cap);
     kv_heads(node)[i] = p.head;
     kv_copy(kv_row(t, node, i), p.tail, t->env->shape.tail_bytes);
 }
@@ -3012,6 +3038,7 @@ static struct kv_probe kv_key_at(const struct kv_tree *t,
 {
     struct kv_probe p = {kv_heads(node)[i], kv_row(t, node, i)};
 
+    assert(i < kv_node_keys(node));
     return p;
 }
 
@@ -3033,7 +3060,9 @@ static void kv_inner_insert(const struct kv_tree *t, struct kv_node *node,
     size_t n = node->count;
 
     assert(i > 0);
+    assert(i <= n);
     assert(n < t->inner.cap);
+    assert(child->level + 1 == node->level);
     kv_rows_move(t, node, i, node, i - 1, n - i);
     kv_children_move(t, node, i + 1, node, i, n - i);
     kv_key_set(t, node, i - 1, separator);
@@ -3076,6 +3105,7 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     size_t n = left->count;
     struct kv_probe separator;
 
+    assert(parent->gen == e->version->gen);
     assert(left->gen == e->version->gen);
     assert(keep > 0);
     assert(keep < n);
@@ -3121,7 +3151,10 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
         right->count += (uint32_t)n;
         kv_node_pad(left, before);
     }
+    assert(left->count > 0);
     assert(right->count > 0);
+    assert(left->count <= t->leaf.cap);
+    assert(right->count <= t->leaf.cap);
     kv_key_set(t, parent, i, kv_key_at(t, right, 0));
     kv_index_make(t, parent);
 }
@@ -3152,6 +3185,7 @@ static void kv_edit_make_room(struct kv_edit *e, struct kv_node *parent,
     size_t left = i > 0 ? cap - children[i - 1]->count : 0;
     size_t right = i + 1 < parent->count ? cap - children[i + 1]->count : 0;
 
+    assert(parent->gen == e->version->gen);
     assert(children[i]->count == cap);
     if (append)
         kv_edit_split(e, parent, i, cap - 1);
@@ -3219,6 +3253,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
         struct kv_node *child = kv_children(t, node)[i];
         bool last = edge && i + 1 == node->count;
 
+        assert(!kv_node_full(t, node));
         /* The split, or the copy, of a leaf touches all of it. */
         if (node->level == 1) kv_node_prefetch(child, t->leaf.bytes);
         if (child->level > 0 && KV_UNLIKELY(kv_node_full(t, child))) {
@@ -3239,6 +3274,7 @@ static void kv_leaf_set(const struct kv_tree *t, struct kv_node *leaf,
                         size_t i, struct kv_probe p, const void *value)
 {
     assert(leaf->count < t->leaf.cap);
+    assert(i <= leaf->count);
     kv_key_set(t, leaf, i, p);
     kv_copy(kv_value(t, leaf, i), value, t->env->shape.value_bytes);
     leaf->count++;
@@ -3269,6 +3305,7 @@ static void kv_path_find(const struct kv_tree *t, struct kv_node *root,
 {
     struct kv_node *node = root;
 
+    assert(root->level < KV_HEIGHT_MAX);
     for (;;) {
         uint32_t level = node->level;
 
@@ -3318,6 +3355,9 @@ static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
     struct kv_version *v = e->version;
 
     /* Before the leaf changes: the old value is read from its place. */
+    assert(leaf->gen == v->gen);
+    assert(i <= leaf->count);
+    assert(!match || kv_heads(leaf)[i] == p.head);
     kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key, value));
     if (match) {
         unsigned char *old = kv_value(t, leaf, i);
@@ -3360,6 +3400,8 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
     struct kv_node *left;
     size_t n = children[i]->count;
 
+    assert(i + 1 < parent->count);
+    assert(n > 0);
     if (n + right->count > kv_layout_of(t, right)->cap * 3 / 4) return false;
     left = kv_edit_own(e, &children[i]);
     if (left->level > 0) {
@@ -3369,6 +3411,7 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
     kv_rows_move(t, left, n, right, 0, kv_node_keys(right));
     left->count += right->count;
     kv_index_make(t, left);
+    assert(left->count < kv_layout_of(t, left)->cap);
     kv_inner_remove(t, parent, i + 1);
     kv_edit_retire(e, right);
     return true;
@@ -3393,6 +3436,8 @@ static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
         struct kv_node *parent = path->nodes[level + 1];
         size_t i = path->index[level + 1];
 
+        assert(parent->gen == v->gen);
+        assert(kv_children(t, parent)[i] == node);
         if (node->count > kv_layout_of(t, node)->cap / 4) break;
         if (node->count == 0) {
             kv_inner_remove(t, parent, i);
@@ -3435,6 +3480,7 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
 
     if (!value) return false;
     assert(v->root);
+    assert(v->root->level + 1 == v->height);
     assert(v->count > 0);
     kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, value));
     v->count--;
@@ -3544,6 +3590,7 @@ static struct kv_node *kv_tree_last_leaf(const struct kv_tree *t,
 {
     struct kv_node *node = v->root;
 
+    assert(node);
     while (node->level > 0) node = kv_children(t, node)[node->count - 1];
     return node;
 }
@@ -3697,6 +3744,12 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
     struct kv_version *base = kv_tree_current(t);
     size_t buried = 0;
 
+    assert(seq >= v->seq);
+    assert(e->in_place ? v == base : v->gen == base->gen + 1);
+    assert(!e->in_place || !e->dead);
+    assert(e->in_place == t->gate);
+    assert(!v->root == (v->height == 0));
+    assert(v->root || v->count == 0);
     v->seq = seq;
     if (e->in_place) {
         /* Only the writer counts, so no locked addition is needed. */
@@ -3738,6 +3791,7 @@ static void kv_tree_free_nodes_locked(struct kv_tree *t, struct kv_node *root,
 
     if (!root || root->gen < gen) return;
     level = root->level;
+    assert(level < KV_HEIGHT_MAX);
     path.nodes[level] = root;
     path.index[level] = 0;
     for (;;) {
@@ -3765,6 +3819,8 @@ static void kv_edit_abort(struct kv_edit *e)
 {
     struct kv_tree *t = e->tree;
 
+    assert(e->in_place == (e->version == kv_tree_current(t)));
+    assert(e->in_place == t->gate);
     if (e->in_place) {
         atomic_store(&t->gate, false);
         return;
