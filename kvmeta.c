@@ -3875,6 +3875,7 @@ static void kv_edit_abort(struct kv_edit *e)
 static unsigned char *kv_delta_record(const struct kv_tree *t,
                                       const struct kv_version *v, size_t i)
 {
+    assert(i < t->delta_cap);
     return (unsigned char *)(uintptr_t)(v + 1)
         + i * t->env->shape.record_bytes;
 }
@@ -3934,6 +3935,9 @@ static void kv_delta_print_set(struct kv_version *v, size_t i, uint64_t print)
     uint64_t prints = atomic_load_explicit(&v->delta_prints[i / 4],
                                            memory_order_relaxed);
 
+    assert(print & 1);
+    assert(print <= UINT16_MAX);
+    assert((prints >> i % 4 * 16 & UINT16_MAX) == 0);
     atomic_store_explicit(&v->delta_prints[i / 4],
                           prints | print << i % 4 * 16, memory_order_relaxed);
 }
@@ -3957,6 +3961,7 @@ static const unsigned char *kv_delta_find(const struct kv_tree *t,
 
     if (KV_LIKELY(!kv_delta_may_have(t, v, key))) return NULL;
     n = kv_delta_count(v);
+    assert(n <= t->delta_cap);
     while (n-- > 0) {
         const unsigned char *record = kv_delta_record(t, v, n);
 
@@ -3970,6 +3975,7 @@ static const unsigned char *kv_delta_find(const struct kv_tree *t,
  * error nothing is reserved; a spare version that was made is kept. */
 static int kv_delta_reserve(struct kv_tree *t)
 {
+    assert(kv_delta_count(kv_tree_current(t)) == 0);
     if (!t->spare) t->spare = kv_version_new(t);
     if (!t->spare) return KVMETA_E_NOMEM;
     return kv_tree_reserve(t, t->delta_cap, true, NULL);
@@ -3996,6 +4002,8 @@ static void kv_delta_settle_locked(struct kv_tree *t)
     int rc;
 
     if (n == 0) return;
+    assert(n <= KV_BATCH);
+    assert(v->refs == 0);         /* D4 */
     for (size_t i = 0; i < n; i++) {
         changes[i].key = kv_delta_record(t, v, i);
         changes[i].value = kv_delta_record(t, v, i) + t->env->shape.key_bytes;
@@ -4006,6 +4014,7 @@ static void kv_delta_settle_locked(struct kv_tree *t)
     kv_edit_apply(&e, changes, n, found);
     if (e.in_place) kv_delta_clear(v);
     kv_edit_publish(&e, v->seq + n);
+    assert(kv_delta_count(kv_tree_current(t)) == 0);
 }
 
 /* Makes a version current that nobody holds, with the same records. The delta
@@ -4015,6 +4024,7 @@ static int kv_delta_renew(struct kv_tree *t)
     struct kv_edit e;
     int rc = kv_edit_begin(t, &e, false, NULL);
 
+    assert(kv_delta_count(kv_tree_current(t)) == 0);
     if (!rc) kv_edit_publish(&e, e.version->seq);
     return rc;
 }
@@ -4049,8 +4059,10 @@ static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
     if (t->delta_cap == 0) return false;
     pthread_mutex_lock(&t->delta_lock);
     n = kv_delta_room_locked(t);
+    assert(n < (int)t->delta_cap);
     if (n >= 0) {
         v = kv_tree_current(t);
+        assert(v->refs == 0);     /* D4 */
         record = kv_delta_record(t, v, (size_t)n);
         kv_copy(record, key, shape->key_bytes);
         kv_copy(record + shape->key_bytes, value, shape->value_bytes);
@@ -4099,6 +4111,7 @@ static struct kv_version *kv_tree_hold(struct kv_tree *t)
 
     pthread_mutex_lock(&t->delta_lock);
     v = kv_tree_pin_settled_locked(t, &slot);
+    assert(kv_delta_count(v) == 0);
     atomic_fetch_add(&v->refs, 1);
     kv_tree_unpin(t, slot);
     pthread_mutex_unlock(&t->delta_lock);
@@ -4150,6 +4163,7 @@ static void kv_tree_get_many(const struct kv_tree *t,
 {
     const struct kv_shape *shape = &t->env->shape;
 
+    assert(n <= KV_BATCH);
     kv_tree_find_many(t, v, keys, n, values, found);
     for (size_t i = 0; i < n; i++) {
         const unsigned char *value =
@@ -4211,6 +4225,7 @@ struct kv_cursor {
 static void kv_cursor_init(const struct kv_tree *t,
                            const struct kv_version *v, struct kv_cursor *c)
 {
+    assert(kv_delta_count(v) == 0);    /* D4: it is held */
     c->tree = t;
     c->version = v;
     c->n = 0;
@@ -4235,9 +4250,12 @@ static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
 {
     const struct kv_tree *t = c->tree;
 
+    assert(level < c->version->height);
     for (;; level--) {
         struct kv_node *node = c->path.nodes[level];
 
+        assert(node->level == level);
+        assert(node->count > 0);
         c->path.index[level] = last ? node->count - 1 : 0;
         if (level == 0) {
             kv_cursor_enter(c, node, c->path.index[level]);
@@ -4304,6 +4322,7 @@ static bool kv_cursor_cross(struct kv_cursor *c, bool forward)
 
 static bool kv_cursor_next(struct kv_cursor *c)
 {
+    assert(c->n == 0 || c->i < c->n);
     if (KV_LIKELY(c->i + 1 < c->n)) {
         c->i++;
         c->row += c->row_bytes;
@@ -4315,6 +4334,7 @@ static bool kv_cursor_next(struct kv_cursor *c)
 static bool kv_cursor_prev(struct kv_cursor *c)
 {
     if (c->n == 0) return false;
+    assert(c->i < c->n);
     if (KV_LIKELY(c->i > 0)) {
         c->i--;
         c->row -= c->row_bytes;
@@ -4358,6 +4378,7 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 /* Must be on a record. Points into the leaf: valid as long as the version. */
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
+    assert(c->i < c->n);
     return c->row + c->tail_bytes;
 }
 
@@ -4453,6 +4474,8 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
         if (rc) return rc;
         loader->leaves[loader->count++] = leaf;
     }
+    assert(leaf->count < t->leaf.cap);
+    assert(leaf->gen == kv_tree_current(t)->gen);
     i = leaf->count++;
     kv_heads(leaf)[i] = kv_head_flip(head);
     kv_copy(kv_row(t, leaf, i), key + 8, t->env->shape.tail_bytes);
@@ -4499,6 +4522,8 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
     size_t i = 0;
     int rc = KVMETA_OK;
 
+    assert(*n > 1);
+    assert(fill > 1);
     /* The last parent may get few children, or one, which breaks no rule. */
     while (i < *n) {
         size_t children = (size_t)kv_min(fill, *n - i);
@@ -4516,6 +4541,7 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
         parent->count = (uint32_t)children;
         kv_index_make(t, parent);
         i += children;
+        assert(made < i);
         nodes[made++] = parent;
     }
     if (rc) {
@@ -4543,6 +4569,8 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
     int rc = KVMETA_OK;
 
     assert(!v->root);
+    assert(!v->newer);
+    assert(v->count == 0);
     for (size_t i = 0; i < loaders_count; i++) n += loaders[i].count;
     nodes = kv_alloc(t->env, (n + 1) * sizeof(struct kv_node *));
     if (!nodes) return kv_fail_memory(err, (n + 1) * sizeof(struct kv_node *));
@@ -4560,7 +4588,9 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
         rc = kv_load_level(t, nodes, &n, err);   /* no nodes after an error */
         v->height++;
     }
+    assert(n <= 1);
     if (!rc) {
+        assert(!n || nodes[0]->level + 1 == v->height);
         v->root = n ? nodes[0] : NULL;
         v->seq = seq;
         for (size_t i = 0; i < loaders_count; i++) {
@@ -4641,6 +4671,8 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     struct kv_version *v;
     unsigned char *slots;
 
+    assert((uintptr_t)t % KV_CACHE_LINE == 0);
+    assert(shape->record_bytes > 0);
     memset(t, 0, sizeof *t);
     t->env = env;
     t->memory_bytes_max = memory_bytes_max;
@@ -4653,6 +4685,9 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
                    KV_LEAF_BYTES, KV_LEAF_MIN);
     kv_layout_init(&t->inner, shape->tail_bytes, sizeof(struct kv_node *),
                    KV_INNER_BYTES, KV_INNER_MIN);
+    assert(t->leaf.cap >= KV_LEAF_MIN);
+    assert(t->inner.cap >= KV_INNER_MIN);
+    assert(t->inner.child_off % sizeof(struct kv_node *) == 0);
     t->leaves.env = t->inners.env = env;
     t->leaves.node_bytes = t->leaf.bytes;
     t->inners.node_bytes = t->inner.bytes;
@@ -4677,6 +4712,8 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     }
     slots += kv_align_up((uintptr_t)slots, KV_CACHE_LINE) - (uintptr_t)slots;
     t->slots = (struct kv_slot *)(void *)slots;
+    assert(slots + KV_SLOTS * sizeof *t->slots
+           <= (unsigned char *)t->slots_memory + slots_bytes);
     v->gen = 1;                   /* 0 in a slot means that it is free */
     t->oldest = v;
     atomic_store(&t->current, v);
