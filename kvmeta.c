@@ -1802,7 +1802,9 @@ static void kv_pool_free(struct kv_pool *pool)
  * a key's tail, and in a leaf the value, too; inner nodes have the children in
  * a third array. Heads are stored with the sign bit flipped: SIMD compares are
  * signed. An inner node of n children has n - 1 separators: child i holds the
- * keys k with separator[i-1] <= k < separator[i].
+ * keys k with separator[i-1] <= k < separator[i]. A separator need not be a
+ * key of any record: the one that it was copied from may have been removed.
+ *
  *
  * Two nodes for records of 16 + 16 bytes on 64 bits, offsets in bytes:
  *
@@ -1892,8 +1894,10 @@ struct kv_layout {
  * the tree without its delta: the delta's i-th put is commit seq + i + 1.
  */
 struct kv_version {
+    /* Changed by the writer while readers look: see "Delta". First, so that
+     * readers who only compare fingerprints meet no more of the struct. */
     _Atomic uint64_t delta_prints[KV_BATCH / 4];  /* fingerprints, 16 bits */
-    _Atomic uint32_t delta_count;
+    _Atomic uint32_t delta_count; /* puts; at most delta_cap of the tree */
     struct kv_node *root;         /* NULL: no records */
     uint32_t height;              /* levels; 0 without records */
     uint64_t count;               /* this and the next two: of the tree */
@@ -1933,7 +1937,8 @@ struct kv_tree {
     void *slots_memory;           /* as allocated */
     bool locks_made;
 
-    /* What readers read first. */
+    /* What readers read first. Written only when a version is published, the
+     * gate is used, or a slot is taken for the first time. */
     _Alignas(KV_CACHE_LINE) struct kv_version *_Atomic current;
     _Atomic uint64_t gen;         /* of current, or of one before */
     _Atomic uint64_t slots_used;  /* bit i: slot i has been used before */
@@ -1943,7 +1948,7 @@ struct kv_tree {
     _Alignas(KV_CACHE_LINE) pthread_mutex_t delta_lock;
     struct kv_version *spare;     /* for kv_edit_begin; the writer's */
 
-    /* Lock: pools and the list of versions. */
+    /* Lock: pools and the list of versions. No other is taken under it. */
     _Alignas(KV_CACHE_LINE) pthread_mutex_t lock;
     struct kv_pool leaves;
     struct kv_pool inners;
@@ -2186,6 +2191,7 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
         *match = true;
         return low + equal;
     }
+    /* Where do the keys with this head end? */
     if (low + 1 < n && heads[low + 1] == p.head)
         high = p.head == KV_HEAD_PAD ? n
             : (size_t)kv_min(n, kv_count_less(t, heads, n, p.head + 1));
@@ -2291,6 +2297,7 @@ static void kv_leaf_rank_many(const struct kv_tree *t,
         ranks[i] = 0;             /* a line, until the end */
         KV_PREFETCH(kv_heads(leaves[i]) + 8 * (lines / 2) - 4);
     }
+    /* The line is in [ranks[i], ranks[i] + lines), as long for all keys. */
     for (; lines > 1; lines -= half) {
         size_t next = (lines - lines / 2) / 2;
 
@@ -2306,6 +2313,7 @@ static void kv_leaf_rank_many(const struct kv_tree *t,
             ranks[i] = line;
         }
     }
+    /* The line is known, and in the cache: the heads in it are counted. */
     kv_line_rank_many(t, probes, leaves, n, ranks);
 }
 
@@ -2389,6 +2397,7 @@ static void kv_tree_find_batch(const struct kv_tree *t,
     for (size_t i = 0; i < n; i++)
         probes[i] = kv_probe_make(t, keys + i * t->env->shape.key_bytes);
     kv_tree_descend_many(t, v, probes, n, nodes, places);
+    /* The count, and the key's row, which may reach into a second line. */
     for (size_t i = 0; i < n; i++) {
         KV_PREFETCH(nodes[i]);
         KV_PREFETCH(kv_row(t, nodes[i], places[i]));
@@ -2708,6 +2717,10 @@ static void kv_tree_drop(struct kv_tree *t, struct kv_version *v)
  * Publishing it makes A' current and puts A, C and D on the dead list of
  * version 7; aborting frees A', C' and D', and nothing has happened.
  *
+ * What was not reached by a change is shared, however large the tree is: an
+ * edit of one record copies about as many nodes as the tree is high. A batch
+ * shares these copies among its changes, as each node is copied once.
+ *
  * An edit in place works on the current version itself, with the gate closed
  * until it is published: the caller must have all the memory that it needs,
  * and must not wait for anything that takes long. Nodes of the current gen
@@ -2715,6 +2728,12 @@ static void kv_tree_drop(struct kv_tree *t, struct kv_version *v)
  * held version may see them, but only once: the copy is of the current gen.
  * What was changed cannot be taken back, so such an edit may be aborted only
  * while it is empty.
+ *
+ * How full nodes are. A split leaves halves, except where keys ascend: there
+ * it leaves a full leaf, and a new last one. Removals join what is a quarter
+ * full or less, if a sibling has room. So leaves are seldom less than a
+ * quarter full; the rules only ask that none is empty, and nothing relies on
+ * more, but the use of memory.
  * ========================================================================== */
 
 /* On the stack of the writer, from kv_edit_begin to publish or abort. The
@@ -2785,8 +2804,10 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
  * KVMETA_E_LIMIT leave nothing reserved; err may be NULL. For the writer.
  *
  * A single change, by far the most frequent, is mostly covered by what pools
- * keep free anyway, and then takes no lock. A second call before the edit is
- * over must state all changes since the first that are not made yet.
+ * keep free anyway, and then takes no lock: at most one leaf is made and
+ * three are copied, a node is made at each level and above the root, and two
+ * are copied at each. A second call before the edit is over must state all
+ * changes since the first that are not made yet.
  */
 static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
                            struct kvmeta_error *err)
@@ -2802,6 +2823,8 @@ static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
                       && kv_pool_has(&t->inners, 3 * height + 2)))
             return KVMETA_OK;
     }
+    /* Both pools or none: one alone would only keep slabs from being freed.
+     * What was added to them is given back, as far as it is not needed. */
     pthread_mutex_lock(&t->lock);
     kv_tree_need(t, changes, &leaves, &inners);
     rc = kv_pool_reserve_locked(t, &t->leaves, leaves, limited, err);
@@ -3134,6 +3157,8 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
     struct kv_node *left = kv_edit_own(e, &kv_children(t, parent)[i]);
     struct kv_node *right = kv_edit_own(e, &kv_children(t, parent)[i + 1]);
 
+    /* To the left: behind its last record, and what stays moves up to the
+     * front. To the right: room is made in front, and filled from the end. */
     if (to_left) {
         size_t before = right->count;
 
@@ -3242,6 +3267,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
     struct kv_node *node;
     bool edge = true;
 
+    /* edge: the path so far goes through last children only. */
     if (!v->root) {
         v->root = kv_edit_new(e, 0);
         v->height = 1;
@@ -3256,6 +3282,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
         assert(!kv_node_full(t, node));
         /* The split, or the copy, of a leaf touches all of it. */
         if (node->level == 1) kv_node_prefetch(child, t->leaf.bytes);
+        /* The key may belong to either half of a node that was split. */
         if (child->level > 0 && KV_UNLIKELY(kv_node_full(t, child))) {
             (void)kv_edit_own(e, &kv_children(t, node)[i]);
             kv_edit_split(e, node, i, last ? child->count - 1
@@ -3280,6 +3307,7 @@ static void kv_leaf_set(const struct kv_tree *t, struct kv_node *leaf,
     leaf->count++;
 }
 
+/* At the i-th place of a leaf with room: what is there, and behind, moves. */
 static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
                            size_t i, struct kv_probe p, const void *value)
 {
@@ -3439,6 +3467,7 @@ static void kv_edit_mend(struct kv_edit *e, struct kv_path *path)
         assert(parent->gen == v->gen);
         assert(kv_children(t, parent)[i] == node);
         if (node->count > kv_layout_of(t, node)->cap / 4) break;
+        /* With the right sibling if that can be, else with the left one. */
         if (node->count == 0) {
             kv_inner_remove(t, parent, i);
             kv_edit_retire(e, node);
@@ -3494,6 +3523,7 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
         path.nodes[level - 1] =
             kv_edit_own(e, &kv_children(t, node)[path.index[level]]);
     }
+    /* Separators that equal the key may stay: they need not be keys. */
     leaf = path.nodes[0];
     i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
     assert(match);
@@ -3613,6 +3643,8 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
 
         /* An equal head could be the last key itself, or one below it. */
         if (probes[i].head <= kv_heads(leaf)[leaf->count - 1]) break;
+        /* The search copies or splits the path, after which there is a last
+         * leaf that takes more. */
         if (leaf->gen != v->gen || kv_node_full(t, leaf)) {
             (void)kv_edit_put(e, NULL, probes[i], key, value);
             leaf = kv_tree_last_leaf(t, v);
@@ -3634,6 +3666,7 @@ static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
                          size_t n, const struct kv_node **leaves,
                          size_t *places)
 {
+    /* The headers first: how much of a leaf is to be fetched stands there. */
     kv_tree_descend_many(e->tree, e->version, probes, n, leaves, places);
     for (size_t i = 0; i < n; i++) KV_PREFETCH(leaves[i]);
     for (size_t i = 0; i < n; i++) {
@@ -3687,6 +3720,9 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
         if (n - i >= KV_WARM_MIN)
             kv_edit_warm(e, probes + i, n - i, leaves + i, places + i);
     }
+    /* In the caller's order, one by one: later changes of a key win. Those
+     * that were not warmed have no hint, and are searched for from the
+     * root. */
     for (; i < n; i++) {
         struct kv_node *leaf = (struct kv_node *)(uintptr_t)leaves[i];
 
@@ -3767,6 +3803,7 @@ static void kv_edit_publish(struct kv_edit *e, uint64_t seq)
     t->copied++;
     v->older = base;
     base->newer = v;
+    /* Nobody may free `base` yet: it is still the current version. */
     while (e->dead) {
         struct kv_node *node = e->dead;
 
@@ -3806,6 +3843,7 @@ static void kv_tree_free_nodes_locked(struct kv_tree *t, struct kv_node *root,
             path.index[level] = 0;
             continue;
         }
+        /* All below it is gone; on with its parent. */
         level++;
         kv_node_free_locked(t, node);
         if (node == root) return;
@@ -3868,6 +3906,16 @@ static void kv_edit_abort(struct kv_edit *e)
  *
  * The log does not know of deltas: each put is a commit with a number of its
  * own, in the log buffer like any other, whose room is reserved beforehand.
+ *
+ * An example, with nobody else reading:
+ *
+ *     put a    settles (nothing), reserves, delta [a]
+ *     put b    delta [a b]
+ *     get a    fits a's fingerprint: found in the delta
+ *     get c    fits none, mostly: looks in the tree only
+ *     hold     settles: a and b into the tree, in place; delta []
+ *     put c    the version is held: makes the next one current, delta [c]
+ *              there, while the holder sees a and b, and never c
  * ========================================================================== */
 
 /* The i-th record, key and value, behind the struct. For the holder of the
@@ -4008,6 +4056,8 @@ static void kv_delta_settle_locked(struct kv_tree *t)
         changes[i].key = kv_delta_record(t, v, i);
         changes[i].value = kv_delta_record(t, v, i) + t->env->shape.key_bytes;
     }
+    /* The changes point into the delta: a private edit leaves it alone,
+     * and an edit in place clears it when they have been made. */
     rc = kv_edit_begin(t, &e, true, NULL);
     assert(rc == KVMETA_OK);
     (void)rc;
@@ -4039,6 +4089,8 @@ static int kv_delta_room_locked(struct kv_tree *t)
     int rc = KVMETA_OK;
 
     if (n > 0 && n < t->delta_cap) return (int)n;
+    /* A new delta. What a holder sees must not change (D4), so it does not
+     * begin in a version that has one. */
     kv_delta_settle_locked(t);
     if (atomic_load(&kv_tree_current(t)->refs) > 0) rc = kv_delta_renew(t);
     return rc ? rc : kv_delta_reserve(t);
@@ -4060,6 +4112,7 @@ static bool kv_delta_put(struct kv_tree *t, const void *key, const void *value,
     pthread_mutex_lock(&t->delta_lock);
     n = kv_delta_room_locked(t);
     assert(n < (int)t->delta_cap);
+    /* The count last: whoever reads it finds the rest complete. */
     if (n >= 0) {
         v = kv_tree_current(t);
         assert(v->refs == 0);     /* D4 */
@@ -4141,9 +4194,8 @@ static struct kv_totals kv_tree_totals(struct kv_tree *t)
     return totals;
 }
 
-/* The value of a key in a pinned version, or NULL. Looking at the delta first
- * is not needed for a right answer, as both stay while the version is pinned,
- * but it is the last put that counts. */
+/* The value of a key in a pinned version, or NULL. A put in the delta is
+ * newer than what the tree has for its key. */
 static const unsigned char *kv_tree_get(const struct kv_tree *t,
                                         const struct kv_version *v,
                                         const void *key)
