@@ -4318,6 +4318,7 @@ static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
     }
 }
 
+/* To the first or last record of the tree; false if there is none. */
 static bool kv_cursor_edge(struct kv_cursor *c, bool last)
 {
     c->n = 0;
@@ -4363,6 +4364,7 @@ static bool kv_cursor_cross(struct kv_cursor *c, bool forward)
         i = forward ? i + 1 : i - 1;
         c->path.index[level] = i;
         c->path.nodes[level - 1] = kv_children(t, node)[i];
+        /* The leaf behind the one that is entered has been asked for. */
         if (level == 1 && forward && i + 2 < node->count)
             kv_leaf_prefetch_far(t, kv_children(t, node)[i + 2]);
         kv_cursor_fall(c, level - 1, !forward);
@@ -4422,6 +4424,7 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
                                           unsigned char *key)
 {
     assert(c->i < c->n);
+    /* All 8 bytes of the head, even of a shorter key: the buffer has room. */
     kv_store_be64(key, (uint64_t)c->heads[c->i] ^ (uint64_t)1 << 63);
     kv_copy(key + 8, c->row, c->tail_bytes);
     return key;
@@ -4517,7 +4520,9 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
                                          : NULL;
     size_t i;
 
-    /* The array first: a leaf that has no place in it would be lost. */
+    /* The array first: a leaf that has no place in it would be lost.
+     * Leaves are filled one after the other; the last may stay almost
+     * empty. */
     if (!leaf || leaf->count >= kv_load_fill(&t->leaf)) {
         int rc = kv_grow(t->env, (void **)&loader->leaves, &loader->cap,
                          loader->count + 1, sizeof(struct kv_node *), err);
@@ -4534,13 +4539,15 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
     kv_copy(kv_value(t, leaf, i), value, t->env->shape.value_bytes);
     assert(head == kv_key_head(&t->env->shape, key));
     assert(i == 0 || kv_heads(leaf)[i] >= kv_heads(leaf)[i - 1]);
+    /* Of the bytes that came, not of the node: kv_tree_check compares. */
     kv_digest_add(&loader->digest,
                   kv_digest_record(&t->env->shape, key, value));
     loader->records++;
     return KVMETA_OK;
 }
 
-/* Frees the leaves that were not adopted. Accepts a zeroed loader. */
+/* Frees the leaves that were not adopted. Accepts a zeroed loader, and one
+ * that has handed its leaves over: then only the array is left. */
 static void kv_loader_free(struct kv_loader *loader)
 {
     struct kv_tree *t = loader->tree;
@@ -4596,6 +4603,8 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
         assert(made < i);
         nodes[made++] = parent;
     }
+    /* The array holds parents up to `made`, then children that have one, then
+     * from i on those that have none. */
     if (rc) {
         pthread_mutex_lock(&t->lock);
         for (size_t k = 0; k < made; k++)
@@ -4634,7 +4643,8 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
         n += loaders[i].count;
         loaders[i].count = 0;
     }
-    /* The nodes are nobody else's now; an error frees them: kv_load_level. */
+    /* The nodes are nobody else's now; an error frees them: kv_load_level. It
+     * leaves n at 0, which ends the loop, and the version without a root. */
     v->height = n > 0;
     while (n > 1) {
         rc = kv_load_level(t, nodes, &n, err);   /* no nodes after an error */
@@ -4691,12 +4701,14 @@ static void kv_tree_free(struct kv_tree *t)
     if (!t->locks_made) return;
     /* Nobody else is here; the lock is what the functions below ask for. */
     pthread_mutex_lock(&t->lock);
+    /* Versions that were left over, since no edit has come to free them. */
     while (t->oldest && t->oldest->newer) {
         size_t budget = SIZE_MAX;
 
         assert(atomic_load(&t->oldest->refs) == 0);
         (void)kv_version_free_locked(t, t->oldest, &budget);
     }
+    /* Dead lists hold what newer versions replaced: its own is empty. */
     if (v) {
         assert(!v->dead);
         kv_tree_free_nodes_locked(t, v->root, 0);
@@ -4733,6 +4745,7 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     t->avx2 = __builtin_cpu_supports("avx2");
     t->sse42 = __builtin_cpu_supports("sse4.2");
 #endif
+    /* Both layouts follow from the widths: nothing else of them is stored. */
     kv_layout_init(&t->leaf, shape->tail_bytes + shape->value_bytes, 0,
                    KV_LEAF_BYTES, KV_LEAF_MIN);
     kv_layout_init(&t->inner, shape->tail_bytes, sizeof(struct kv_node *),
@@ -4757,11 +4770,13 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
                                     / shape->record_bytes);
     slots = t->slots_memory = kv_alloc_zeroed(env, slots_bytes);
     v = kv_version_new(t);
+    /* The version is not the tree's yet, so it is freed by hand. */
     if (!slots || !v) {
         kv_free(env, v);
         kv_tree_free(t);
         return kv_fail_memory(err, slots_bytes);
     }
+    /* Room for one line more was asked for, to start at a line. */
     slots += kv_align_up((uintptr_t)slots, KV_CACHE_LINE) - (uintptr_t)slots;
     t->slots = (struct kv_slot *)(void *)slots;
     assert(slots + KV_SLOTS * sizeof *t->slots
@@ -4796,6 +4811,8 @@ static const char *kv_node_check(const struct kv_tree *t,
     for (size_t i = keys; i < l->cap_padded; i++)
         if (kv_heads(node)[i] != KV_HEAD_PAD) return "T4: head pad";
     if (!kv_index_right(t, node)) return "T7: index";
+    /* Equal heads are allowed, equal keys are not; without a tail memcmp says
+     * that such keys are equal. */
     for (size_t i = 1; i < keys; i++) {
         struct kv_probe a = kv_key_at(t, node, i - 1);
         struct kv_probe b = kv_key_at(t, node, i);
@@ -4819,6 +4836,7 @@ static const char *kv_node_check(const struct kv_tree *t,
  * path goes through first children. */
 static const char *kv_path_check(const struct kv_cursor *c)
 {
+    /* From the leaf up, so that a node's first key can be relied on. */
     for (uint32_t level = 0; level < c->version->height; level++) {
         const char *rule = kv_node_check(c->tree, c->path.nodes[level]);
 
@@ -4854,6 +4872,7 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
     uint64_t count = 0;
     size_t key_bytes = t->env->shape.key_bytes;
 
+    /* What the cursor relies on to find its way at all. */
     if (!v->root != (v->height == 0)) return "T2: height";
     if (v->root && v->root->level + 1 != v->height) return "T2: height";
     kv_cursor_init(t, v, &c);
@@ -4888,6 +4907,8 @@ struct kv_tree_usage {
     uint64_t in_place;
 };
 
+/* Any thread; waits for the tree's lock only. Scans and heals hold versions
+ * for as long as they last, and are counted with the snapshots. */
 static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
 {
     memset(u, 0, sizeof *u);
@@ -4901,6 +4922,7 @@ static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
     for (struct kv_version *v = t->oldest; v; v = v->newer) {
         uint64_t refs = atomic_load(&v->refs);
 
+        /* From old to new: the first that is held is the oldest. */
         if (refs && !u->snapshots) u->oldest_snapshot_seq = v->seq;
         u->snapshots += refs;
     }
