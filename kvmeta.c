@@ -204,7 +204,9 @@
 #  define KV_ARM_CRC 0
 #endif
 
-/* Hints: without them everything works, only slower. */
+/* Hints: without them everything works, only slower. KV_PREFETCH_L2 fetches
+ * into the second cache, for what is needed later; KV_NOINLINE keeps rare
+ * work out of functions that run all the time. */
 #if defined(__GNUC__)
 #  define KV_LIKELY(x) __builtin_expect(!!(x), 1)
 #  define KV_UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -273,7 +275,9 @@ enum {
 
 _Static_assert(KV_END > (int)KVMETA_CONFLICT, "not to be taken for an answer");
 
-/* The widths of a store and what follows from them. Immutable after open. */
+/* The widths of a store and what follows from them. Immutable after open.
+ * Records of 16 + 8 bytes: keys have a head of 8 bytes and a tail of 8. Keys
+ * of up to 8 bytes have no tail, and then nobody looks at tails. */
 struct kv_shape {
     uint32_t key_bytes;
     uint32_t value_bytes;
@@ -293,6 +297,8 @@ static void kv_shape_init(struct kv_shape *shape, uint32_t key_bytes,
     shape->record_bytes = key_bytes + value_bytes;
 }
 
+/* Of 64 bits, whatever the operands are: a caller who narrows the result
+ * knows that one of them was as narrow. */
 static uint64_t kv_min(uint64_t a, uint64_t b)
 {
     return a < b ? a : b;
@@ -348,6 +354,7 @@ static bool kv_same(const void *a, const void *b, size_t n)
  * sees to it that 4, or 8, bytes are there.
  * ========================================================================== */
 
+/* What a store writes the load of the same name reads, on every machine. */
 static uint32_t kv_load_le32(const void *p)
 {
     const unsigned char *b = p;
@@ -680,7 +687,9 @@ static void *kv_alloc(struct kv_env *env, size_t bytes)
 }
 
 /* Buffers of this size live as long as one job. The C library would keep
- * their memory: tens of megabytes that the store does not need afterwards. */
+ * their memory: tens of megabytes that the store does not need afterwards.
+ * The answer depends on the size alone, so freeing finds the same one.
+ * With a realloc_fn nothing is hidden from it. */
 static bool kv_uses_pages(const struct kv_env *env, size_t bytes)
 {
 #if defined(MAP_ANONYMOUS)
@@ -708,6 +717,7 @@ static void *kv_alloc_pages(struct kv_env *env, size_t bytes)
     return kv_alloc(env, bytes);
 }
 
+/* For structs and arrays whose zeroed state is one that may be freed. */
 static void *kv_alloc_zeroed(struct kv_env *env, size_t bytes)
 {
     void *p = kv_alloc(env, bytes);
@@ -748,6 +758,7 @@ static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
     assert(element_bytes > 0);
     assert(*cap == 0 || *array);
     if (need <= *cap) return KVMETA_OK;
+    /* Doubling makes adding one by one cost a constant time on average. */
     while (want < need) {
         if (want > SIZE_MAX / 2) return kv_fail_memory(err, SIZE_MAX);
         want *= 2;
@@ -783,13 +794,13 @@ static void kv_log(struct kv_env *env, int level, const char *format, ...)
  * Files
  *
  * Every read, write and sync goes through here; of the vfs only the rename of
- * the manifest, listing and opening the directory, the lock and the clock are
- * called elsewhere. Names are computed from kind and id. Reads and writes are
+ * the manifest, listing, opening and closing the directory, the lock, the
+ * clock and the process id are asked for elsewhere. Names are computed from kind and id. Reads and writes are
  * whole or fail; every failure names the file and the offset. A full disk is
  * told apart from any other failure (KVMETA_E_NOSPACE).
  *
  * Any thread may call; who may use which file at the same time is for the
- * sections above to say. Errors are told, not judged: whether one ends all
+ * sections below to say. Errors are told, not judged: whether one ends all
  * writing is kv_store_judge's decision, from the code. So the codes matter:
  *
  *   KVMETA_E_NOSPACE   there was no room; it may succeed later
@@ -1071,10 +1082,12 @@ static int kv_file_write(struct kv_env *env, const struct kv_file *file,
     return KVMETA_OK;
 }
 
-/* A failed sync is always KVMETA_E_IO, whatever its errno: the pages that it
- * could not write may be gone, so that nothing may be retried. The system may
- * have marked them as clean, and a second sync would succeed without them.
- * That is why EINTR is no exception here, either. */
+/* A failed sync is always KVMETA_E_IO, whatever its errno: the pages that
+ * it could not write may be gone, so that nothing may be retried. The
+ * system may have marked them as clean, and a second sync would succeed
+ * without them. That is why EINTR is no exception here, either. Must be
+ * called on the handle that has written: the system need not tell one that
+ * was opened later of an error of writing back that happened before. */
 static int kv_file_sync(struct kv_env *env, const struct kv_file *file,
                         struct kvmeta_error *err)
 {
@@ -1140,8 +1153,14 @@ static int kv_dir_sync(struct kv_env *env, struct kvmeta_error *err)
  * of the directory, which stays the same if the path to it is moved or
  * replaced; links are not followed, and neither pipes nor devices are waited
  * for. All descriptors are closed by an exec of the host.
+ *
+ * Three things make a new file durable, and each has a call of its own: its
+ * bytes and size (file_sync), its name (dir_sync), and the name of the
+ * store's directory (dir_sync_parent, once, at creation). None implies
+ * another.
  * ========================================================================== */
 
+/* EEXIST, where another process was faster, is a failure like any other. */
 static int kv_posix_dir_create(void *user, const char *path)
 {
     (void)user;
@@ -1201,6 +1220,7 @@ static int kv_posix_dir_sync_parent(void *user, const char *path)
 
     if (!parent) return ENOMEM;
     memcpy(parent, path, n + 1);
+    /* Off with the slashes at the end, then with the last component. */
     while (n > 0 && parent[n - 1] == '/') n--;
     while (n > 0 && parent[n - 1] != '/') n--;
     if (n == 0) parent[n++] = '.';
@@ -1234,6 +1254,7 @@ static int kv_posix_dir_list(void *user, int dir,
         close(fd);
         return e;
     }
+    /* The end and an error look the same but for errno. */
     for (;;) {
         errno = 0;
         entry = readdir(d);
@@ -1259,6 +1280,7 @@ static int kv_posix_file_open(void *user, int dir, const char *name, int flags,
     int fd;
     int e;
 
+    /* Read-write, never write-only: what was written is read back. */
     (void)user;
     how |= flags & KVMETA_VFS_WRITE ? O_RDWR : O_RDONLY;
     if (flags & KVMETA_VFS_CREATE) how |= O_CREAT;
