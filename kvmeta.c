@@ -795,9 +795,10 @@ static void kv_log(struct kv_env *env, int level, const char *format, ...)
  *
  * Every read, write and sync goes through here; of the vfs only the rename of
  * the manifest, listing, opening and closing the directory, the lock, the
- * clock and the process id are asked for elsewhere. Names are computed from kind and id. Reads and writes are
- * whole or fail; every failure names the file and the offset. A full disk is
- * told apart from any other failure (KVMETA_E_NOSPACE).
+ * clock and the process id are asked for elsewhere. Names are computed from
+ * kind and id. Reads and writes are whole or fail; every failure names the
+ * file and the offset. A full disk is told apart from any other failure
+ * (KVMETA_E_NOSPACE).
  *
  * Any thread may call; who may use which file at the same time is for the
  * sections below to say. Errors are told, not judged: whether one ends all
@@ -875,6 +876,7 @@ static int kv_file_parse_name(const char *name, uint64_t *id)
         kv_file_name(kind, 0, again);
         if (strcmp(name, again) == 0) return kind;
     }
+    /* A letter, 16 digits, a dot and three letters. */
     if (strlen(name) != 21) return 0;
     if (name[0] != 'w' && name[0] != 't') return 0;
     for (int i = 1; i <= 16; i++) {
@@ -995,6 +997,9 @@ static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
     }
     if (e == ENOENT)
         return kv_fail(err, KVMETA_NOT_FOUND, e, "%s: missing", name);
+    /* The vfs says EINVAL of anything but a regular file; the system itself
+     * says ELOOP of a link, EISDIR of a directory that is to be written, and
+     * ENXIO of a socket. */
     if (e == EINVAL || e == ELOOP || e == EISDIR || e == ENXIO)
         return kv_fail(err, KVMETA_E_CORRUPT, e, "%s: not a regular file",
                        name);
@@ -1040,6 +1045,7 @@ static int kv_file_read(struct kv_env *env, const struct kv_file *file,
         int64_t n = env->vfs->file_read(env->vfs->user, file->handle, p,
                                         bytes, off);
 
+        /* The retries are of the whole call, not of each part. */
         if (n == -EINTR && retries++ < KV_RETRIES_MAX) continue;
         if (n < 0) return kv_fail_file(err, file, (int)-n, "read", off);
         if (n == 0)
@@ -1778,7 +1784,9 @@ static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
 
 /* Gives empty slabs back, but for one, and what is reserved (N1). The one
  * that stays keeps a store whose size goes up and down by a few nodes from
- * mapping and unmapping a slab each time. */
+ * mapping and unmapping a slab each time. On the way to the empty slabs it
+ * passes all others that have a free node, so callers first ask whether there
+ * are empty ones. */
 static void kv_pool_trim(struct kv_pool *pool)
 {
     size_t keep = (size_t)kv_max(pool->reserved, KV_POOL_KEEP);
@@ -1878,6 +1886,7 @@ enum {
      * stack, and the most puts that a delta has. */
     KV_BATCH = 32,                /* keys looked up side by side */
     KV_WARM_MIN = 4,              /* changes that are worth it */
+    /* 512 bytes a record for a full delta; above 16 KiB there is none. */
     KV_DELTA_BYTES_MAX = 16384,   /* of the records of a delta */
     KV_RECLAIM_MAX = 512          /* nodes freed per hold of the lock */
 };
@@ -2875,7 +2884,9 @@ static bool kv_tree_close_gate(struct kv_tree *t)
 }
 
 /* Should the background prepare a slab? Not where memory has a bound: a
- * prepared slab is not counted against it. */
+ * prepared slab is not counted against it. Without a lock: asked by the
+ * worker when it plans, and by whoever has written to the log, to wake the
+ * worker. */
 static bool kv_tree_wants_slab(const struct kv_tree *t)
 {
     return t->leaves.ahead_wanted && t->memory_bytes_max == 0;
@@ -4307,7 +4318,9 @@ static void kv_cursor_init(const struct kv_tree *t,
     c->tail_bytes = t->env->shape.tail_bytes;
 }
 
-/* To the i-th record of a leaf, whose path has been set. */
+/* To the i-th record of a leaf, whose path has been set. What a step needs is
+ * copied to the cursor, so that the leaf is touched for the key and the value
+ * only. */
 static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
                             size_t i)
 {
@@ -4432,6 +4445,8 @@ static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
 
     c->n = 0;
     if (!c->version->root) return false;
+    /* The rank counts what is below the key, or with `le` what is not above
+     * it: the record wanted is at that place, or one before. */
     kv_path_find(t, c->version->root, p, &c->path);
     leaf = c->path.nodes[0];
     rank = kv_node_rank(t, leaf, leaf->count, p, le, &match);
@@ -4505,7 +4520,8 @@ static void kv_loader_init(struct kv_tree *t, struct kv_loader *loader)
 }
 
 /* Nodes are filled to about 97 %, so that the first changes find room: a full
- * leaf between full leaves would be split by its first insert. */
+ * leaf between full leaves would be split by its first insert. Of records of
+ * 16 + 16 bytes a leaf gets 44, of 45. */
 static size_t kv_load_fill(const struct kv_layout *l)
 {
     return l->cap - l->cap / 32;
@@ -4655,6 +4671,7 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
     assert(!v->newer);
     assert(v->count == 0);
     for (size_t i = 0; i < loaders_count; i++) n += loaders[i].count;
+    /* One more than needed: there may be no leaf at all. */
     nodes = kv_alloc(t->env, (n + 1) * sizeof(struct kv_node *));
     if (!nodes) return kv_fail_memory(err, (n + 1) * sizeof(struct kv_node *));
     n = 0;
@@ -4673,6 +4690,7 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
         v->height++;
     }
     assert(n <= 1);
+    /* Not readable before this: nobody pins a version during an open. */
     if (!rc) {
         assert(!n || nodes[0]->level + 1 == v->height);
         v->root = n ? nodes[0] : NULL;
@@ -4715,7 +4733,8 @@ static void kv_tree_forget_locks(struct kv_tree *t)
 /* Accepts a zeroed tree, and one whose init failed. No version may be held
  * and no slot taken. From old to new, so that nodes end with the last
  * version that sees them; what the current one reaches is all that is left
- * then. */
+ * then. All nodes are given back one by one: with assertions this shows
+ * that none was lost. */
 static void kv_tree_free(struct kv_tree *t)
 {
     struct kv_version *v = kv_tree_current(t);
