@@ -3924,8 +3924,8 @@ static void kv_edit_abort(struct kv_edit *e)
  * A put writes its record, then its fingerprint, then the count; the store of
  * the count releases the other two. A reader compares fingerprints first, and
  * reads count and records only if one fits. Because it may do so while puts
- * arrive, two looks at one delta can differ by the puts in between: one look
- * is one state, two are not.
+ * arrive, two looks at one delta can differ by the puts in between: one count
+ * is one state.
  *
  * How the rules are kept. D2: the first put after a settling reserves memory
  * for a full delta, and a version for the case that a reader is in the way;
@@ -4031,17 +4031,13 @@ static void kv_delta_clear(struct kv_version *v)
     atomic_store_explicit(&v->delta_count, 0, memory_order_relaxed);
 }
 
-/* The value of the last put with this key, or NULL. Valid as long as the
- * version is pinned: records are not moved, and not written twice before the
- * delta is cleared. */
+/* The value of the last of the first n puts with this key, or NULL. Valid as
+ * long as the version is pinned: records are not moved, and not written twice
+ * before the delta is cleared. */
 static const unsigned char *kv_delta_find(const struct kv_tree *t,
-                                          const struct kv_version *v,
+                                          const struct kv_version *v, size_t n,
                                           const void *key)
 {
-    size_t n;
-
-    if (KV_LIKELY(!kv_delta_may_have(t, v, key))) return NULL;
-    n = kv_delta_count(v);
     assert(n <= t->delta_cap);
     while (n-- > 0) {
         const unsigned char *record = kv_delta_record(t, v, n);
@@ -4233,27 +4229,33 @@ static const unsigned char *kv_tree_get(const struct kv_tree *t,
                                         const struct kv_version *v,
                                         const void *key)
 {
-    const unsigned char *value = kv_delta_find(t, v, key);
+    const unsigned char *value = NULL;
 
     assert(v);
+    if (KV_UNLIKELY(kv_delta_may_have(t, v, key)))
+        value = kv_delta_find(t, v, kv_delta_count(v), key);
     return value ? value : kv_tree_find(t, v, key);
 }
 
 /* The same for up to KV_BATCH keys; what is in the delta replaces what the
- * tree had. */
+ * tree had. The delta may grow meanwhile: its count is taken once, so that all
+ * keys are looked up in the same state. */
 static void kv_tree_get_many(const struct kv_tree *t,
                              const struct kv_version *v,
                              const unsigned char *keys, size_t n,
                              unsigned char *values, unsigned char *found)
 {
     const struct kv_shape *shape = &t->env->shape;
+    size_t puts = kv_delta_count(v);
 
     assert(n <= KV_BATCH);
     kv_tree_find_many(t, v, keys, n, values, found);
-    for (size_t i = 0; i < n; i++) {
-        const unsigned char *value =
-            kv_delta_find(t, v, keys + i * shape->key_bytes);
+    for (size_t i = 0; i < n && puts > 0; i++) {
+        const unsigned char *key = keys + i * shape->key_bytes;
+        const unsigned char *value = NULL;
 
+        if (KV_UNLIKELY(kv_delta_may_have(t, v, key)))
+            value = kv_delta_find(t, v, puts, key);
         if (!value) continue;
         found[i] = 1;
         if (shape->value_bytes)
