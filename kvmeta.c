@@ -2452,7 +2452,7 @@ static void kv_tree_find_many(const struct kv_tree *t,
     const struct kv_shape *shape = &t->env->shape;
 
     if (!v->root) {
-        memset(found, 0, n);
+        if (n > 0) memset(found, 0, n);
         return;
     }
     while (n > 0) {
