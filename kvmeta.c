@@ -2082,7 +2082,7 @@ static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
         l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
                                          KV_CACHE_LINE);
         assert(l->cap >= min);
-        assert(l->cap_padded >= l->cap);
+        assert(l->cap_padded >= l->cap - inner);
         assert(l->cap_padded % 8 == 4);
         if (l->bytes <= bytes || l->cap == min) return;
     }
@@ -4840,6 +4840,14 @@ static bool kv_index_right(const struct kv_tree *t, const struct kv_node *node)
     return true;
 }
 
+/* As memcmp of the whole keys. */
+static int kv_probe_compare(const struct kv_tree *t, struct kv_probe a,
+                            struct kv_probe b)
+{
+    if (a.head != b.head) return a.head < b.head ? -1 : 1;
+    return memcmp(a.tail, b.tail, t->env->shape.tail_bytes);
+}
+
 /* The rules that hold for one node on its own, and for it and its children;
  * NULL: all do. The count comes first: the others rely on it. */
 static const char *kv_node_check(const struct kv_tree *t,
@@ -4856,15 +4864,10 @@ static const char *kv_node_check(const struct kv_tree *t,
     if (!kv_index_right(t, node)) return "T7: index";
     /* Equal heads are allowed, equal keys are not; without a tail memcmp says
      * that such keys are equal. */
-    for (size_t i = 1; i < keys; i++) {
-        struct kv_probe a = kv_key_at(t, node, i - 1);
-        struct kv_probe b = kv_key_at(t, node, i);
-
-        if (a.head > b.head) return "T1: order within a node";
-        if (a.head == b.head
-            && memcmp(a.tail, b.tail, t->env->shape.tail_bytes) >= 0)
+    for (size_t i = 1; i < keys; i++)
+        if (kv_probe_compare(t, kv_key_at(t, node, i - 1),
+                             kv_key_at(t, node, i)) >= 0)
             return "T1: order within a node";
-    }
     for (size_t i = 0; node->level > 0 && i < node->count; i++) {
         const struct kv_node *child = kv_children(t, node)[i];
 
@@ -4876,30 +4879,28 @@ static const char *kv_node_check(const struct kv_tree *t,
 
 /* All nodes on the path of the cursor that it enters for the first time: when
  * it comes to a new leaf, that leaf, and each node above it as long as the
- * path goes through first children. */
-static const char *kv_path_check(const struct kv_cursor *c)
+ * path goes through first children. last: the record before, if there is one;
+ * the separator between it and the leaf is the one that ends the climb. */
+static const char *kv_path_check(const struct kv_cursor *c,
+                                 const unsigned char *last)
 {
+    const struct kv_tree *t = c->tree;
+
     /* From the leaf up, so that a node's first key can be relied on. */
     for (uint32_t level = 0; level < c->version->height; level++) {
-        const char *rule = kv_node_check(c->tree, c->path.nodes[level]);
+        const struct kv_node *node = c->path.nodes[level];
+        const char *rule = kv_node_check(t, node);
+        struct kv_probe s;
 
         if (rule) return rule;
-        if (level + 1 < c->version->height && c->path.index[level + 1] > 0) {
-            /* A left neighbour exists: the separator must be above it, and
-             * not above this one. (Its last key is not looked at.) */
-            struct kv_probe s = kv_key_at(c->tree, c->path.nodes[level + 1],
-                                          c->path.index[level + 1] - 1);
-            struct kv_probe first =
-                kv_node_first_key(c->tree, c->path.nodes[level]);
-
-            if (s.head > first.head) return "T1: separator";
-            if (s.head == first.head
-                && memcmp(s.tail, first.tail,
-                          c->tree->env->shape.tail_bytes) > 0)
-                return "T1: separator";
-        }
-        /* Not the first child: the nodes above have been checked before. */
-        if (c->path.index[level] != 0) break;
+        if (level + 1 == c->version->height) break;
+        if (c->path.index[level + 1] == 0) continue;
+        s = kv_key_at(t, c->path.nodes[level + 1],
+                      c->path.index[level + 1] - 1);
+        if (kv_probe_compare(t, kv_probe_make(t, last), s) >= 0
+            || kv_probe_compare(t, s, kv_node_first_key(t, node)) > 0)
+            return "T1: separator";
+        break;
     }
     return NULL;
 }
@@ -4925,13 +4926,13 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
         const unsigned char *last = keys[~count & 1];
         const unsigned char *key = kv_cursor_key(&c, keys[count & 1]);
 
+        if (count > 0 && memcmp(last, key, key_bytes) >= 0)
+            return "T1: order across leaves";
         if (c.i == 0) {
-            const char *rule = kv_path_check(&c);
+            const char *rule = kv_path_check(&c, last);
 
             if (rule) return rule;
         }
-        if (count > 0 && memcmp(last, key, key_bytes) >= 0)
-            return "T1: order across leaves";
         kv_digest_add(&digest, kv_digest_record(&t->env->shape, key,
                                                 kv_cursor_value(&c)));
         count++;
