@@ -10212,14 +10212,40 @@ static int kv_rotate(struct kvmeta *db, bool successor,
  *
  * The steps of the background work; each is one function that does it all or
  * changes nothing. Called with the job lock held, by the worker or by the
- * host. Carries (F1): files that a swap dropped are unlinked after it; a new
- * table that no swap has named is unlinked, unless the swap may have named
- * it; (F2): the records of the tables always sum up to manifest.digest.
+ * host; an open, which has the store to itself, calls a few of them without.
+ *
+ *   flush    the oldest sealed log   becomes the newest table
+ *   merge    a run of tables         becomes one table in their place
+ *   heal     everything              becomes one table, written from memory
+ *
+ * Writers go on meanwhile. Neither a flush nor a merge takes the commit right
+ * for itself; a heal has it only while the live log is sealed. All three end
+ * in kv_job_install. A cut after each of the steps leaves:
+ *
+ *   table written, synced, read back      an unlisted table: garbage
+ *   directory synced                      the same
+ *   manifest swapped, mark synced         what it replaces is garbage
+ *   what it replaces unlinked             nothing to clean up
+ *
+ * Age is the only thing that says which of two records with one key counts.
+ * Tables stand oldest first and every log is younger than any table, so a
+ * flush takes the oldest log and appends, and a merge takes neighbours only.
+ * A tombstone may be left out of a table only where no older table is left
+ * that could have a record for it to hide.
+ *
+ * (F1) Files that a swap dropped are unlinked after it; a new table that no
+ *      swap has named is unlinked, unless the swap may have named it.
+ * (F2) The records of the tables always sum up to manifest.digest: a flush
+ *      moves both on to the log's end, a merge must not change the sum, and a
+ *      heal sets both from one version.
  * ========================================================================== */
 
-/* Syncs and preparations of the log that are due while a long step runs. */
+/* Syncs and preparations of the log that are due while a long step runs; see
+ * "Background work". Called for every block that a job reads or writes. */
 static void kv_step_between(void *arg);
 
+/* The job of one step. A close stops it at its next block (KV_STOPPED), and
+ * does not wait for its end; the rate starts anew, without debts. */
 static void kv_job_init(struct kvmeta *db, struct kv_job *job)
 {
     memset(job, 0, sizeof *job);
@@ -10240,7 +10266,13 @@ static void kv_job_unlink(struct kvmeta *db, int kind, uint64_t id)
         kv_log(&db->env, KVMETA_LOG_WARNING, "%s", err.message);
 }
 
-/* A table for which no manifest speaks: remove it, if that is sure. */
+/*
+ * Closes a table that did not get into the manifest. undone: it is sure that
+ * no manifest on disk names it, so the file goes as well. Otherwise it must
+ * stay, since the next open may find the manifest that wants it; if that open
+ * finds the older one, it deletes the file as garbage. Accepts the zeroed
+ * table of a job that had no records.
+ */
 static void kv_job_discard(struct kvmeta *db, struct kv_table *table,
                            bool undone)
 {
@@ -10253,7 +10285,16 @@ static void kv_job_discard(struct kvmeta *db, struct kv_table *table,
 /*
  * Swaps in what a job made: the tables [first, last) are replaced by `table`
  * (no records: by nothing), and all logs with an id up to logs_up_to go. Then
- * unlinks what is gone. seq, digest: of the new table set.
+ * unlinks what is gone. seq, digest: of the new table set. Takes `table` over
+ * in any case.
+ *
+ * The new manifest is made from the current one under the swap lock, not from
+ * what the job saw when it began: rotations add logs meanwhile. Tables are
+ * changed by nobody else, so `first` and `last` still mean the same ones.
+ *
+ * All memory is got before the swap, so that db->tables can follow it without
+ * fail. After an error db->tables is as it was and nothing is unlinked but
+ * the new table; if the outcome of the swap is open, not even that one.
  */
 static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
                           struct kv_table *table, uint64_t logs_up_to,
@@ -10273,10 +10314,12 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
     assert(last <= count);
     rc = kv_grow(&db->env, (void **)&db->tables, &db->tables_cap, count + 1,
                  sizeof *db->tables, err);
+    /* The new table's name must be on disk before a manifest has it (S2). */
     if (!rc && add && !KV_MUTANT(9)) rc = kv_dir_sync(&db->env, err);
     pthread_mutex_lock(&db->swap_lock);
     if (!rc) rc = kv_manifest_copy(&db->env, &db->manifest, &next, err);
     if (!rc) {
+        /* The copy has room for one table more. */
         memmove(&next.tables[first + add], &next.tables[last],
                 (count - last) * sizeof *next.tables);
         if (add) next.tables[first] = table->meta;
@@ -10299,6 +10342,7 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
         return rc;
     }
 
+    /* Nothing fails from here on; what cannot be unlinked is garbage. */
     for (size_t i = first; i < last; i++) {
         uint64_t id = db->tables[i].meta.id;
 
@@ -10318,8 +10362,13 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
     return KVMETA_OK;
 }
 
-/* Writes all records of `source` to a new table; tombstones too, unless
- * `drop`. *dropped gets the sum of those left out. No records: no table. */
+/*
+ * Writes all records of `source` to a new table; tombstones too, unless
+ * `drop`. *dropped gets the sum of those left out. No records: no table, and
+ * *out is zeroed, as it is after an error; then the file is gone again.
+ * Otherwise *out is open, synced and read back, but its name may not be on
+ * disk: kv_job_install syncs the directory. The id is used up in any case.
+ */
 static int kv_job_write(struct kv_job *job, uint64_t id,
                         struct kv_source *source, bool drop, uint64_t seq_first,
                         uint64_t seq_last, struct kvmeta_digest *dropped,
@@ -10340,7 +10389,7 @@ static int kv_job_write(struct kv_job *job, uint64_t id,
             kv_digest_add(dropped, kv_digest_record(&job->env->shape,
                                                     source->key, NULL));
     }
-    if (rc == KV_END) {
+    if (rc == KV_END) {           /* the source's end is this one's success */
         rc = KVMETA_OK;
         if (w.records > 0)
             rc = kv_table_writer_finish(&w, seq_first, seq_last, out, err);
@@ -10349,7 +10398,10 @@ static int kv_job_write(struct kv_job *job, uint64_t id,
     return rc;
 }
 
-/* Loads the oldest sealed log and checks that it follows the tables. */
+/* Loads the oldest sealed log and checks that it follows the tables: begins
+ * with the commit after theirs, from the digest that they have. A log that is
+ * whole in itself may still be the wrong one. *run is to be freed, after an
+ * error too. */
 static int kv_flush_load(struct kvmeta *db, const struct kv_log_meta *meta,
                          struct kv_run *run, struct kvmeta_error *err)
 {
@@ -10364,7 +10416,16 @@ static int kv_flush_load(struct kvmeta *db, const struct kv_log_meta *meta,
     return KVMETA_OK;
 }
 
-/* The oldest sealed log becomes the newest table. */
+/*
+ * The oldest sealed log becomes the newest table. It is read from the disk
+ * and not from the tree, which has gone on since, while a table holds the
+ * state at the end of its log (F2). So every byte of a log is checked once
+ * more before it is given up.
+ *
+ * The first table is everything that there is, and must have the log's digest
+ * as its own sum. Later ones hold changes, whose effect on the digest depends
+ * on the tables below; merges (kv_merge_balance) and the next open check that.
+ */
 static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_log_meta meta;
@@ -10381,6 +10442,7 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
     meta = db->manifest.logs[0];
     pthread_mutex_unlock(&db->state_lock);
     assert(!meta.live);
+    /* A sealed log's entry does not change, and only a step drops it. */
     kv_job_init(db, &job);
     rc = kv_flush_load(db, &meta, &run, err);
     if (rc) goto done;
@@ -10407,8 +10469,21 @@ done:
     return rc;
 }
 
-/* sum(inputs) - sum(shadowed) - sum(dropped) must be sum(output); a table of
- * everything must also have the digest of the table set. */
+/*
+ * sum(inputs) - sum(shadowed) - sum(dropped) must be sum(output). For two
+ * tables, the oldest two, where "c-" is a tombstone:
+ *
+ *   younger       b2 c-      shadowed  b1 c1
+ *   older      a1 b1 c1      dropped   c-        output  a1 b2
+ *
+ * The sums of the inputs were taken when they were written, those of what is
+ * left out while merging, that of the output from what was handed to its
+ * writer. A record that is lost, doubled or altered on the way shows.
+ *
+ * That the wrong one of two records was passed on does not: both count as
+ * taken in. So a table of everything, which has nothing but live records,
+ * must also have the digest of the table set.
+ */
 static int kv_merge_balance(const struct kvmeta *db, size_t first, size_t last,
                             struct kvmeta_digest shadowed,
                             struct kvmeta_digest dropped,
@@ -10430,8 +10505,17 @@ static int kv_merge_balance(const struct kvmeta *db, size_t first, size_t last,
                    last - first);
 }
 
-/* The tables [first, last) become one. Tombstones go when there is nothing
- * older that they could hide. */
+/*
+ * The tables [first, last) become one. Tombstones go when there is nothing
+ * older that they could hide. Seq and digest of the table set stay as they
+ * are, since no state of the store changes.
+ *
+ * If it does not balance, the output is discarded and the inputs stay, which
+ * are as good as they were. All sums over their bytes were right, so the
+ * fault is in memory or in code, this or what wrote the inputs, and another
+ * try may pass it on unseen: no more merges are made (compaction_stopped)
+ * until a heal has written all anew.
+ */
 static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
                         struct kvmeta_error *err)
 {
@@ -10466,13 +10550,14 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
                           db->tables_digest, err);
 }
 
-/* A held version as a source. */
+/* A held version as a source. It has no tombstones; its digest is the sum of
+ * what comes out. */
 struct kv_version_source {
     struct kv_source base;
     const struct kv_shape *shape;
     struct kv_cursor cursor;
-    unsigned char key[KV_CURSOR_KEY_BYTES];
-    bool started;
+    unsigned char key[KV_CURSOR_KEY_BYTES];   /* what base.key points to */
+    bool started;                 /* the cursor stands on a record */
 };
 
 static int kv_version_source_next(struct kv_source *source,
@@ -10490,8 +10575,16 @@ static int kv_version_source_next(struct kv_source *source,
     return KVMETA_OK;
 }
 
-/* Seals the live log and holds the version at exactly that point. *up_to: the
- * newest log that the version covers. */
+/*
+ * Seals the live log and holds the version at exactly that point, both under
+ * the commit right: no commit comes between. *up_to: the newest log that the
+ * version covers, 0 where there is none; later commits go to a newer log. The
+ * manifest is read without the state lock: who could swap it needs the commit
+ * right or the job lock.
+ *
+ * After an error there is nothing to drop. A store that has stopped writing
+ * is not healed: how far its log got is not known.
+ */
 static int kv_heal_boundary(struct kvmeta *db, struct kv_version **version,
                             uint64_t *up_to, struct kvmeta_error *err)
 {
@@ -10511,8 +10604,16 @@ static int kv_heal_boundary(struct kvmeta *db, struct kv_version **version,
     return rc;
 }
 
-/* A table or a sealed log is damaged, and memory holds the truth: writes one
- * table of everything, and drops all files that are older. */
+/*
+ * A table or a sealed log is damaged, and memory holds the truth: writes one
+ * table of everything, and drops all files that are older, damaged or not.
+ * The version is held for as long as that takes, which costs the memory of
+ * the nodes that are changed meanwhile; writers do not wait.
+ *
+ * The table's sum must be the digest, which every commit has kept. If it is
+ * not, memory is damaged too and there is no truth left to save: the store
+ * fails for good, and the files are left as they are.
+ */
 static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_version_source source = {.shape = &db->env.shape};
@@ -10548,7 +10649,15 @@ static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
-/* Creates the file of the next log, so that a rotation need not. */
+/*
+ * Creates the file of the next log, so that a rotation need not: what it
+ * would wait for is the sync of the directory, and of the zeros that a
+ * durable log begins with. Salt and header are written at the rotation only,
+ * so the file is no log before that; a cut leaves garbage.
+ *
+ * A rotation that came first has made a log with a higher id than this one's.
+ * Ids of logs must ascend (S8), so this one is of no use any more.
+ */
 static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
 {
     uint64_t fill = db->options.durability == KVMETA_DURABLE
@@ -10561,7 +10670,7 @@ static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
     if (rc) return rc;
     pthread_mutex_lock(&db->state_lock);
     assert(!db->prepared.file.open);
-    late = log.head.id < db->newest_log;   /* ids of logs must ascend */
+    late = log.head.id < db->newest_log;
     if (!late) db->prepared = log;
     pthread_mutex_unlock(&db->state_lock);
     if (!late) return KVMETA_OK;
@@ -10575,6 +10684,10 @@ static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
  * to it, so that the sync of a rotation finds little left to do. The leader
  * lends its file; if it rotates meanwhile, the file is closed here. A failed
  * sync is reported once only by the system, so it must count here.
+ *
+ * log.durable does not move. Nothing is acknowledged by this sync, and it may
+ * end within a sector that the next frame writes to (W1). The right is given
+ * back before the sync, or commits would wait for the disk.
  */
 static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
 {
@@ -10593,6 +10706,7 @@ static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
     kv_right_give(db, NULL);
 
     if (!file.open) return KVMETA_OK;
+    /* `file` is a copy, and stays open: kv_rotate_retire leaves it to us. */
     rc = kv_file_sync(&db->env, &file, err);
     pthread_mutex_lock(&db->state_lock);
     db->log_syncing = 0;
