@@ -10721,43 +10721,81 @@ static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
  * Background work
  *
  * Picks the next step and does it: the worker thread in a loop, or the host
- * by kvmeta_step. Carries (J1): one step at a time, under the job lock; (J2):
- * a step that fails changes nothing and is tried again later.
+ * by kvmeta_step, or, where there is no thread, whoever waits (kv_wait).
+ *
+ * There is no queue of work. Each plan is made anew from what there is, so a
+ * step that failed, was stopped, or was done by somebody else needs no
+ * bookkeeping: it is due for as long as its reason lasts. Flags (*_wanted)
+ * say only what the state does not show. What is due, the most urgent first:
+ *
+ *   sync, mark    by the clock; the options and kvmeta.h promise a time
+ *   heal          a file is damaged; other steps would only meet it, too
+ *   full, merge   only where the tables have piled up (kv_plan_crowded)
+ *   flush         a log is sealed, and writers may wait for it
+ *   full, merge   wherever they are due
+ *   slab, prepare, log sync
+ *                 what writers will need soon, so that they do not wait
+ *
+ * Steps can take minutes. What cannot wait so long, the first line and the
+ * last, is also done in the middle of one, between two blocks that it reads
+ * or writes (kv_step_between).
+ *
+ * The worker sleeps on `work`. A signal that comes after it has made its plan
+ * and before it sleeps is lost. What is due by the clock does not need one,
+ * because that is looked at again under the state lock. Whoever waits for
+ * other work signals again and again (kv_wait), and writers do with each
+ * rotation and with each sixteenth of the second half of a log; work that
+ * nobody waits for may wait for the next of these signals.
+ *
+ * (J1) One step at a time, under the job lock.
+ * (J2) A step that fails changes nothing and is tried again later.
+ * (J3) No step waits for the backlog, which only steps can clear: what steps
+ *      commit has no changes, and kv_commit lets that pass.
  * ========================================================================== */
 
+/* Up to KV_STEP_MERGE they change which files there are. */
 enum kv_step {
     KV_STEP_NONE,
     KV_STEP_HEAL,
     KV_STEP_FLUSH,
-    KV_STEP_FULL,
+    KV_STEP_FULL,                 /* a merge of all tables */
     KV_STEP_MERGE,
-    KV_STEP_SLAB,
-    KV_STEP_PREPARE,
-    KV_STEP_LOG_SYNC,
-    KV_STEP_SYNC,
-    KV_STEP_MARK
+    KV_STEP_SLAB,                 /* memory for tree nodes, made ahead */
+    KV_STEP_PREPARE,              /* the file of the next log */
+    KV_STEP_LOG_SYNC,             /* of what a rotation would have to sync */
+    KV_STEP_SYNC,                 /* sync_interval_ms is over */
+    KV_STEP_MARK                  /* LOCK has a mark that is not synced */
 };
 
 struct kv_plan {
     enum kv_step step;
-    size_t first;                 /* tables to merge */
+    size_t first;                 /* [first, last): the tables to merge */
     size_t last;
 };
 
-/* Sealed logs that wait for a flush. State lock held. */
+/* Sealed logs that wait for a flush: all but the live one, which can only be
+ * the last (S9). State lock held. */
 static size_t kv_logs_waiting_locked(const struct kvmeta *db)
 {
     return db->manifest.logs_count
         - (kv_manifest_live(&db->manifest) ? 1 : 0);
 }
 
-/* Are the tables as small as they can be, but for merging? */
+/* Are the tables what a full compaction would leave? One table without
+ * tombstones has no shadowed records either. */
 static bool kv_tables_compact(const struct kvmeta *db)
 {
     if (db->tables_count == 0) return true;
     return db->tables_count == 1 && db->tables[0].meta.tombstones == 0;
 }
 
+/*
+ * Is it time to write everything anew? Either the tables have more records
+ * than space_amp_max allows for `live` ones; or there are very many, because
+ * neighbours were never alike enough to be merged, and each of them holds a
+ * descriptor. Where nothing is live any record is too much: then no table is
+ * left at all.
+ */
 static bool kv_plan_full(const struct kvmeta *db, uint64_t live)
 {
     uint64_t records = 0;
@@ -10769,7 +10807,19 @@ static bool kv_plan_full(const struct kvmeta *db, uint64_t live)
     return (double)records > db->options.space_amp_max * (double)live;
 }
 
-/* The longest run of adjacent tables of like size, the newest first. */
+/*
+ * The longest run of adjacent tables of like size that ends with the newest
+ * table that ends one of merge_window or more. With a window of 4 and a ratio
+ * of 3, the last five of these are merged, and next time all but the first:
+ *
+ *   900 | 210 190 180 | 60 35 30 32 31       then: 900 | 210 190 180 188
+ *
+ * Merging like with like is what keeps writing low: a record is rewritten
+ * once each time that the tables around it grow by a factor of the window. A
+ * table that is merged with one much smaller is rewritten for almost nothing.
+ * Reads look at memory only, so unlike elsewhere many tables cost them
+ * nothing, and the window may be wide.
+ */
 static bool kv_plan_merge(const struct kvmeta *db, struct kv_plan *plan)
 {
     for (size_t last = db->tables_count; last > 0; last--) {
@@ -10793,8 +10843,16 @@ static bool kv_plan_merge(const struct kvmeta *db, struct kv_plan *plan)
     return false;
 }
 
-/* What writers will need: memory, another log, or a sync ahead of the
- * rotation. */
+/*
+ * What writers will need: memory, another log, or a sync ahead of the
+ * rotation. A log that is less than half full needs neither of the last two.
+ * Durable commits sync the log themselves, so that a rotation has nothing to
+ * wait for.
+ *
+ * log_end belongs to the leader and may grow while this looks at it. It is
+ * below background_synced only if the log has been rotated since. If the new
+ * one has grown past that offset already, one sync comes later than it could.
+ */
 static enum kv_step kv_plan_ahead(struct kvmeta *db)
 {
     uint64_t end = db->log_end;
@@ -10813,7 +10871,9 @@ static enum kv_step kv_plan_ahead(struct kvmeta *db)
     return KV_STEP_NONE;
 }
 
-/* Work that is due by the clock. */
+/* Work that is due by the clock. A sync writes a mark as well, so it comes
+ * first. If the clock has gone backwards, the difference wraps around and the
+ * work is due at once. */
 static enum kv_step kv_plan_timed(struct kvmeta *db)
 {
     uint64_t interval_ns = (uint64_t)db->options.sync_interval_ms * 1000000;
@@ -10831,13 +10891,16 @@ static enum kv_step kv_plan_timed(struct kvmeta *db)
 }
 
 /* Flushes go first, for writers may wait for them; but where writers never
- * pause there is always one to do, and the tables must not pile up. */
+ * pause there is always one to do, and the tables must not pile up: each
+ * holds a descriptor, and many processes may have no more than 1,024. */
 static bool kv_plan_crowded(const struct kvmeta *db)
 {
     return db->tables_count >= 2 * (size_t)db->options.merge_window;
 }
 
-/* The step that is due for fewer tables, if any. */
+/* The step that is due for fewer tables, if any. full: kvmeta_compact asked
+ * for it, whatever the tables are like. *plan gets the tables of a merge; for
+ * all of them it is filled in already. */
 static enum kv_step kv_plan_compact(const struct kvmeta *db, uint64_t live,
                                     bool full, struct kv_plan *plan)
 {
@@ -10847,8 +10910,15 @@ static enum kv_step kv_plan_compact(const struct kvmeta *db, uint64_t live,
     return kv_plan_merge(db, plan) ? KV_STEP_MERGE : KV_STEP_NONE;
 }
 
-/* Job lock held. A sealed log is flushed once there is a live one: a store
- * that is only opened and closed stays as it is. */
+/*
+ * What is to be done next. Job lock held. What is read of the state may change
+ * before the step begins, but not so that it finds its tables or its log
+ * gone, since only steps drop those.
+ *
+ * A sealed log is flushed once there is a live one: a store that is only
+ * opened and closed stays as it is. A store that has failed has no work: no
+ * step could be sure of what is on disk.
+ */
 static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
 {
     uint64_t live = kvmeta_count(db);
@@ -10883,6 +10953,8 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
 
 static int kv_commit(struct kvmeta *db, struct kv_request *r);
 
+/* A commit without changes: it shares the sync of those who are committing
+ * just then, and does not wait for the backlog (J3). */
 static int kv_step_sync(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_request barrier = {.durability = KVMETA_DURABLE};
@@ -10892,12 +10964,15 @@ static int kv_step_sync(struct kvmeta *db, struct kvmeta_error *err)
     return kv_fail(err, rc, 0, "interval sync: %s", kvmeta_strerror(rc));
 }
 
+/* The flag goes first: a mark that is written while this syncs may miss the
+ * sync, and its commit sets the flag anew. */
 static int kv_step_mark(struct kvmeta *db, struct kvmeta_error *err)
 {
     db->mark_dirty = false;
     return kv_store_judge(db, kv_file_sync(&db->env, &db->lock, err), err);
 }
 
+/* Does what the plan says, whoever made it. Job lock held, no other. */
 static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
                       struct kvmeta_error *err)
 {
@@ -10923,7 +10998,20 @@ static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
     return rc;
 }
 
-/* Keeps the outcome of a step for those who wait and ask. */
+/*
+ * Keeps the outcome of a step for those who wait and ask, and wakes them.
+ *
+ * Damage that a step has met is answered by a heal at once, without the pause
+ * that other errors get. A heal that meets damage itself is tried again after
+ * the pause. Once a merge did not balance nothing is healed by itself: no file
+ * is to blame for that, and somebody should look at it (kvmeta_verify may
+ * still ask for a heal). Its error stays; any other goes when the next step
+ * on files succeeds. KV_STOPPED is no error: the store is closing.
+ *
+ * What was waited for is taken back here and not where the step is done, so
+ * that it is one change under the state lock: a waiter sees the flag, the
+ * error and the end of the step together.
+ */
 static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
                            int rc, const struct kvmeta_error *err)
 {
@@ -10956,6 +11044,13 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
            "background: %s", err->message);
 }
 
+/*
+ * The steps that cannot wait for the end of the one that runs. Called from
+ * within it, so the job lock is held by this thread; none of these steps
+ * touches a table, or calls in here again. An error is kept and does not end
+ * the step around it. The outcome is not reported as a step's own: that one
+ * has not ended, and its waiters are not to be woken.
+ */
 static void kv_step_between(void *arg)
 {
     struct kvmeta *db = arg;
@@ -10975,7 +11070,9 @@ static void kv_step_between(void *arg)
     kv_log(&db->env, KVMETA_LOG_ERROR, "background: %s", err.message);
 }
 
-/* One step; *did: there was one. */
+/* One step; *did: there was one. Returns its result, which is also kept
+ * (kv_step_report). No lock held; waits for a step that runs elsewhere, also
+ * for kvmeta_verify, which has the job lock for as long as it takes. */
 static int kv_step_once(struct kvmeta *db, bool *did)
 {
     struct kvmeta_error err = {0};
@@ -10999,7 +11096,9 @@ static int kv_step_once(struct kvmeta *db, bool *did)
     return rc;
 }
 
-/* Until when the worker may sleep; 0: until it is woken. State lock held. */
+/* Until when, on the vfs's clock, the worker may sleep; 0: until it is woken.
+ * State lock held. After an error nothing wakes it by itself but this: the
+ * reason for the step is still there, and nobody else may come by. */
 static uint64_t kv_worker_due_locked(const struct kvmeta *db)
 {
     uint64_t interval_ns = (uint64_t)db->options.sync_interval_ms * 1000000;
@@ -11013,6 +11112,13 @@ static uint64_t kv_worker_due_locked(const struct kvmeta *db)
     return due == UINT64_MAX ? 0 : due;
 }
 
+/*
+ * Sleeps until something is due, or until it is woken, or for no reason: the
+ * caller makes a new plan in any case. The vfs's clock says how long; only
+ * the waiting itself goes by the system's clock, since that is what condition
+ * variables know everywhere. If that clock is set while this waits, the wait
+ * ends too early or too late.
+ */
 static void kv_worker_sleep_locked(struct kvmeta *db)
 {
     uint64_t due = kv_worker_due_locked(db);
@@ -11032,6 +11138,14 @@ static void kv_worker_sleep_locked(struct kvmeta *db)
     pthread_cond_timedwait(&db->work, &db->state_lock, &until);
 }
 
+/*
+ * The worker: the only thread that the library starts, but for the loaders of
+ * an open. Goes on as long as there is work, and sleeps when there is none, or
+ * after an error; not after damage, whose heal is to come at once (the report
+ * then leaves no time to retry at). A close sets `stopping` and then signals
+ * under the state lock; it is looked at under that lock before a sleep, so
+ * this signal is never lost.
+ */
 static void *kv_worker_main(void *arg)
 {
     struct kvmeta *db = arg;
@@ -11053,7 +11167,17 @@ static bool kv_idle(struct kvmeta *db, uint64_t unused);
 
 /*
  * Waits until `over` says so, doing the work itself where there is no thread.
- * Ends with the error of the first step that fails meanwhile.
+ * Ends with the error of the first step that fails meanwhile; not with damage
+ * that is about to be healed, which is no failure of what the caller wants.
+ *
+ * No lock may be held, nor the commit right: steps take them. `over` takes
+ * locks of its own, so it is asked before the state lock is taken, and an end
+ * that comes in between is not signalled to us any more. That is why a wait
+ * lasts 20 ms at most. Each round wakes the worker, which may have missed
+ * what the caller has changed.
+ *
+ * Without a thread, a step that finds nothing to do although `over` does not
+ * hold means that no step can bring it about: KVMETA_E_FAILED.
  */
 static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
                    uint64_t target)
