@@ -9686,37 +9686,61 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
  *
  * What a handle holds, by who may touch it, and the small things that every
  * section below needs: failing for good, swapping the manifest, ids.
- * Lock order: job, commit right, swap, mark, state. No lock is held over
- * log_fn; state and queue are never held over I/O.
+ * Lock order: job, commit right, swap, mark, state. State and queue are never
+ * held over I/O or log_fn.
+ *
+ * Job lock, commit right, swap lock and mark lock are held over I/O, each for
+ * the one thing that it orders: steps, commits, manifests, marks. Readers take
+ * none of them, nor the state lock, which is why a get never waits for a disk.
+ *
+ * A handle is writable until something fails on the log, the manifest or LOCK
+ * whose outcome on disk is not known: a sync, a write other than for want of
+ * space, a rename. From then on (`failed`) no commit, no step and no swap
+ * begins; reads go on. Nothing is tried again: a system that has reported a
+ * failed sync once may report the next one of the same file as a success,
+ * though the bytes are lost. What is certain not to have happened (kv_passing)
+ * fails one call only; so does a table, which is written anew in a new file.
  * ========================================================================== */
 
 enum {
-    KV_MARK_SYNC_NS = 100 * 1000 * 1000,
-    KV_RETRY_NS = 200 * 1000 * 1000,
+    KV_MARK_SYNC_NS = 100 * 1000 * 1000, /* kvmeta.h names this time */
+    KV_RETRY_NS = 200 * 1000 * 1000,     /* after a failed step */
     KV_IN_PLACE_MAX = 128,        /* changes made while readers wait */
-    KV_GROUP_BYTES_MAX = 4 << 20,
-    KV_LOG_FRAME_BYTES_MAX = INT32_MAX
+    KV_GROUP_BYTES_MAX = 4 << 20, /* of entries; one batch may have more */
+    KV_LOG_FRAME_BYTES_MAX = INT32_MAX   /* of the entries of one batch */
 };
 
-/* One caller's batch, on the caller's stack. */
+/*
+ * One caller's batch, on the caller's stack. The caller fills in the first
+ * part, and the leader the second, while the caller waits; once `done` is
+ * set, or `lead`, it is the caller's again and may be gone.
+ *
+ * Without changes it is a barrier (a sync), or only asks whether expectations
+ * hold. With `exclusive` only the right itself is wanted, for work that is no
+ * commit; then everything else is unused.
+ */
 struct kv_request {
     const struct kvmeta_op *ops;
     size_t n;
     size_t changes;               /* operations that are not EXPECT */
-    size_t puts;
-    unsigned durability;
+    size_t puts;                  /* of them; the others are removes */
+    unsigned durability;          /* enum kvmeta_durability, never 0 */
     bool exclusive;               /* wants the commit right, for itself */
     void *previous;               /* value_bytes, or NULL: of the last op */
+
     bool found;                   /* the last op met a record */
     bool changed;                 /* something was logged for it */
     bool lead;                    /* the right has been handed over */
-    bool done;
-    int rc;
-    uint64_t seq;
+    bool done;                    /* never together with `lead` */
+    int rc;                       /* of the commit, once done */
+    uint64_t seq;                 /* the last commit number with it in */
     unsigned room;                /* where it waits */
-    struct kv_request *next;
+    struct kv_request *next;      /* in the queue, then in the group */
 };
 
+/* For the statistics; what they mean stands in kvmeta.h. Those of commits are
+ * changed by the holder of the commit right only (kv_counter_add), the others
+ * by anybody. */
 struct kv_counters {
     _Atomic uint64_t user_bytes;
     _Atomic uint64_t bytes_logged;
@@ -9737,26 +9761,37 @@ struct kv_counters {
 
 struct kvmeta {
     /* Fixed after open. */
-    void *memory;                   /* what holds this struct */
+    void *memory;                   /* what holds this struct, which begins
+                                       with a cache line */
     struct kv_env env;
     struct kvmeta_options options;  /* defaults filled in */
     _Atomic uint32_t *alive;        /* 0 in a forked child; NULL: ask */
-    struct kv_file lock;
+    struct kv_file lock;            /* LOCK; closed only where a read-only
+                                       store has none */
     bool locks_made;
     bool has_thread;
     pthread_t thread;
     struct kvmeta_stats found;      /* open_*: what recovery saw */
 
-    /* Has its own synchronisation. */
+    /* Has its own synchronisation. What is atomic is set by one side, with a
+     * lock where one is named, and looked at by others who need no more than
+     * a recent value. */
     struct kv_tree tree;
     struct kv_counters counters;
-    _Atomic int failed;             /* code that made writing stop, or 0 */
-    _Atomic bool stopping;
-    _Atomic bool backlogged;        /* writers must wait for the background */
-    _Atomic bool mark_dirty;        /* written since LOCK was synced */
-    _Atomic uint64_t log_end;       /* of the live log, for the background */
-    _Atomic uint64_t durable_seq;
-    _Atomic bool unsynced;          /* commits are not yet durable */
+    _Atomic int failed;             /* code that made writing stop, or 0; set
+                                       once, state lock */
+    _Atomic bool stopping;          /* a close has begun */
+    _Atomic bool backlogged;        /* writers must wait for the background;
+                                       state lock */
+    _Atomic bool mark_dirty;        /* written since LOCK was synced; set with
+                                       dirty_since_ns under the state lock */
+    _Atomic uint64_t log_end;       /* of the live log, for the background;
+                                       commit right */
+    _Atomic uint64_t durable_seq;   /* last commit known to be on disk; commit
+                                       right */
+    _Atomic bool unsynced;          /* commits are not yet durable, and
+                                       unsynced_since_ns says since when; kept
+                                       with sync_interval_ms only */
 
     /* Queue lock: the queue and who has the commit right. */
     pthread_mutex_t queue_lock;
@@ -9764,11 +9799,13 @@ struct kvmeta {
     struct kv_request *queue_last;
     _Atomic size_t queue_count;
     pthread_cond_t rooms[2];        /* a group leaves its room all at once */
-    unsigned room;                  /* of those who come now */
+    unsigned room;                  /* of those who come now: 0 or 1 */
     size_t last_group;              /* requests that shared the last sync */
     _Atomic int right;              /* enum kv_right */
 
-    /* The commit right: */
+    /* The commit right: the live log, and what is on its way into it. Not
+     * open before the first change, and after a rotation without successor;
+     * then the buffer is empty. */
     struct kv_log log;
     struct kv_log_buffer buffer;
 
@@ -9778,36 +9815,42 @@ struct kvmeta {
     size_t tables_count;
     size_t tables_cap;
     uint64_t tables_seq;            /* as manifest.seq */
-    struct kvmeta_digest tables_digest;
+    struct kvmeta_digest tables_digest;   /* as manifest.digest */
     bool compaction_stopped;        /* a merge did not balance */
-    uint64_t background_synced;     /* offset of the live log, see log_sync */
+    uint64_t background_synced;     /* kv_job_log_sync has synced the live log
+                                       up to here, or one before it */
 
-    /* Swap lock: held over the I/O of a swap. */
+    /* Swap lock: held over the I/O of a swap, from the copy of the manifest
+     * on, so that no change of it is lost. Rotations and steps swap. */
     pthread_mutex_t swap_lock;
 
-    /* Mark lock: held over the write of a mark. */
+    /* Mark lock: held over the write of a mark. Commits and swaps write them,
+     * at the same time; each changes its own part of the last one. */
     pthread_mutex_t mark_lock;
-    struct kv_mark mark;
+    struct kv_mark mark;            /* the last one, written or tried */
 
     /* State lock: short; also what the background waits on. */
     pthread_mutex_t state_lock;
     pthread_cond_t work;            /* there may be something to do */
     pthread_cond_t progress;        /* a step has ended */
-    struct kv_manifest manifest;    /* changed with the swap lock held, too */
-    uint64_t next_id;
+    struct kv_manifest manifest;    /* as on disk; changed with the swap lock
+                                       held, too, so either lock lets read */
+    uint64_t next_id;               /* of a log or table; manifest.next_id is
+                                       the one of the last swap */
     struct kv_log prepared;         /* file not open: none */
     uint64_t newest_log;            /* id; that of a prepared one is higher */
     uint64_t log_syncing;           /* id of the log that a job syncs, or 0 */
     struct kv_file log_retired;     /* its file, to be closed by that job */
-    bool flush_wanted;
-    bool full_wanted;
-    bool heal_wanted;
+    bool flush_wanted;              /* of sealed logs without a live one */
+    bool full_wanted;               /* a full compaction, however little */
+    bool heal_wanted;               /* a damaged file has been met */
     bool busy;                      /* a step runs */
-    uint64_t dirty_since_ns;        /* mark */
-    uint64_t unsynced_since_ns;
-    uint64_t retry_ns;              /* no step before, after an error */
-    struct kvmeta_error failed_error;
-    struct kvmeta_error background_error;
+    uint64_t dirty_since_ns;        /* see mark_dirty; the vfs's clock, here */
+    uint64_t unsynced_since_ns;     /* and below */
+    uint64_t retry_ns;              /* the worker tries again then, unless it
+                                       is woken before; 0: no error */
+    struct kvmeta_error failed_error;     /* why `failed` */
+    struct kvmeta_error background_error; /* code 0: all is well */
 };
 
 static uint64_t kv_now(const struct kvmeta *db)
@@ -9833,7 +9876,9 @@ static bool kv_forked(const struct kvmeta *db)
     return db->env.vfs->process_id(db->env.vfs->user) != db->env.process_id;
 }
 
-/* Results after which the same call may succeed later: nothing is broken. */
+/* Results after which the same call may succeed later: nothing is broken,
+ * and what is on disk is known. Space, memory and descriptors come back; a
+ * close (KV_STOPPED) is no failure at all. */
 static bool kv_passing(int rc)
 {
     return rc >= 0 || rc == KVMETA_E_NOSPACE || rc == KVMETA_E_NOMEM
@@ -9841,7 +9886,9 @@ static bool kv_passing(int rc)
 }
 
 /* A write failed, and what is on disk is unknown: no more writing. The first
- * reason stays. */
+ * reason stays: later ones may only follow from it. Wakes those who wait for
+ * the background, which will do nothing more for them. The state lock must
+ * not be held; any other may be. */
 static void kv_store_fail(struct kvmeta *db, const struct kvmeta_error *err)
 {
     bool first;
@@ -9867,6 +9914,10 @@ static int kv_store_judge(struct kvmeta *db, int rc,
     return rc;
 }
 
+/* An id for a log or a table. It is used once, even if its file is never
+ * finished: files that a crash leaves behind are never in the way. On disk
+ * the next id is noted by swaps only; an open also looks at the names of the
+ * files that are there. */
 static uint64_t kv_store_new_id(struct kvmeta *db)
 {
     uint64_t id;
@@ -9884,6 +9935,7 @@ static uint64_t kv_log_step_bytes(const struct kvmeta *db)
     return db->options.log_bytes_max / 16;
 }
 
+/* There may be work. The state lock must not be held. */
 static void kv_store_wake(struct kvmeta *db)
 {
     pthread_mutex_lock(&db->state_lock);
@@ -9891,7 +9943,14 @@ static void kv_store_wake(struct kvmeta *db)
     pthread_mutex_unlock(&db->state_lock);
 }
 
-/* Writes a mark. log_id 0: what is known of the log stays as it is. */
+/*
+ * Writes a mark, without a sync. gen 0, log_id 0: what the last one said of
+ * the manifest, or of the log, stays as it is. `durable` must have been synced
+ * and `gen` be on disk before: a mark is evidence against other files.
+ *
+ * A full disk is no error: what is lost is evidence, without which a store
+ * opens all the same.
+ */
 static int kv_store_mark(struct kvmeta *db, uint64_t gen, uint64_t log_id,
                          uint64_t durable, struct kvmeta_error *err)
 {
@@ -9921,6 +9980,11 @@ static int kv_store_mark(struct kvmeta *db, uint64_t gen, uint64_t log_id,
  * OK: `next` is on disk and in db->manifest. An error with *undone: nothing
  * changed. An error without: the store has failed, and either of the two
  * manifests may be found by the next open, so no file may be unlinked.
+ *
+ * The mark is synced before the caller unlinks anything: should an older
+ * manifest ever come back, the generation in the mark says so. If the mark
+ * fails the store does, but the swap has happened, and the caller must go on
+ * with it.
  */
 static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
                          const struct kv_log *live, bool *undone,
@@ -9931,6 +9995,7 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
     bool renamed = false;
     int rc;
 
+    /* Ids that are given out later are for files that a later swap names. */
     pthread_mutex_lock(&db->state_lock);
     next->next_id = db->next_id;
     pthread_mutex_unlock(&db->state_lock);
@@ -9962,18 +10027,38 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
  *
  * One caller at a time may change the tree and write to the log: the leader.
  * The others queue; the leader commits their batches with its own, and then
- * hands the right to the first that is left. Carries (C1): whoever has the
- * right gives it on exactly once.
+ * hands the right to the first that is left. It is a lock whose holder may do
+ * the work of those who wait for it, so that they share a sync.
+ *
+ * As long as nobody has to wait, the right changes hands by one atomic
+ * operation. QUEUED says that somebody may be in the queue: whoever has the
+ * right then cannot give it back without the queue lock.
+ *
+ *             take                   take, queue lock held
+ *     FREE ---------> TAKEN      any ---------------------> QUEUED
+ *          <---------
+ *             give                   give, queue lock held, queue empty
+ *                             QUEUED ---------------------> FREE
+ *
+ * A taker under the queue lock that finds FREE has the right itself, as
+ * QUEUED: the first to give it will look at the queue once for nothing. While
+ * somebody waits the right is never FREE, so nobody overtakes the queue.
+ *
+ * Sleepers wait in one of two rooms. A leader that has emptied the queue sends
+ * later comers to the other room, so that one broadcast wakes its group and
+ * hardly anybody else.
+ *
+ * (C1) Whoever has the right gives it on exactly once.
  * ========================================================================== */
 
-/* As long as nobody has ever had to wait for it, the right changes hands by
- * one atomic operation; QUEUED is left only under the queue lock. */
 enum kv_right {
     KV_RIGHT_FREE,
     KV_RIGHT_TAKEN,
     KV_RIGHT_QUEUED
 };
 
+/* Queue lock held, here and in kv_queue_pop. The request stays its caller's,
+ * who sleeps until it is done or leads. */
 static void kv_queue_push(struct kvmeta *db, struct kv_request *r)
 {
     r->next = NULL;
@@ -9999,8 +10084,12 @@ static struct kv_request *kv_queue_pop(struct kvmeta *db)
     return r;
 }
 
-/* Returns with the right (true), or after another leader has done the work
- * of the request (false). */
+/*
+ * Returns with the right (true), or after another leader has done the work of
+ * the request (false), whose result is then in r->rc. An exclusive request is
+ * never done by another: it always returns true. Waits for commits, so for
+ * syncs too; only the job lock may be held.
+ */
 static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
 {
     int expected = KV_RIGHT_FREE;
@@ -10022,8 +10111,13 @@ static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
     return lead;
 }
 
-/* Ends the requests of a group, whose first one is the caller's own, and
- * hands the right on. */
+/*
+ * Ends the requests of a group, whose first one is the caller's own, and
+ * hands the right on. NULL: there is no group; the caller wanted the right for
+ * itself. `done` and `lead` are set under the lock that their owners look at
+ * them with, so no wake-up is lost though the broadcasts come after it: there
+ * those who wake need not wait for this thread again.
+ */
 static void kv_right_give(struct kvmeta *db, struct kv_request *group)
 {
     struct kv_request *r = group ? group->next : NULL;
@@ -10055,11 +10149,34 @@ static void kv_right_give(struct kvmeta *db, struct kv_request *group)
  * Rotation
  *
  * Seals the live log and, if wanted, begins its successor, in one swap. The
- * caller has the commit right. Carries (O1): sync the old log, then create
- * and sync the new one, then swap, then append.
+ * caller has the commit right, so nothing is committed meanwhile, and the
+ * state of the tree is the one at the end of the old log. Called by a commit
+ * whose frame does not fit or has no log yet (with a successor), and without
+ * one by what needs all commits in sealed logs: a flush on demand, a heal, a
+ * close. Writers wait for it, so the background does in advance what it can
+ * (kv_job_prepare, kv_job_log_sync).
+ *
+ * (O1) Sync the old log, then create and sync the new one, then swap, then
+ *      append.
+ *
+ *   old log synced       because the manifest will give its length and the
+ *                        sum of its last frame: no tail is tolerated then
+ *   new log synced       because a swap names only what is on disk (S2)
+ *   manifest swapped     here the old log is sealed and the new one live
+ *   first frame          not earlier: a log with frames that is not listed
+ *                        shows the open that the manifest is stale
+ *
+ * A cut before the swap leaves the old log live, and perhaps a file without a
+ * frame, which is garbage. A passing error there leaves the same, and the old
+ * log goes on.
  * ========================================================================== */
 
-/* Writes what is pending, cuts the log to its length and syncs it. */
+/*
+ * Writes what is pending, cuts the log to its length and syncs it. Afterwards
+ * every commit is durable, buffered ones too, and the file holds nothing but
+ * its frames. Should the rotation fail later on, this was a sync like others:
+ * the log may be appended to.
+ */
 static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_log *log = &db->log;
@@ -10081,7 +10198,13 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
     return rc;
 }
 
-/* A log with its header on disk: the prepared one, or a new one. */
+/*
+ * A log with its header on disk: the prepared one, or a new one. It begins
+ * with the commit after the last. newest_log says, from this moment on, that
+ * lower ids have been passed over; a file that is being prepared under one is
+ * thrown away by kv_job_prepare. After an error the file is gone again, also
+ * a prepared one; its id is not used a second time.
+ */
 static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
                              struct kvmeta_error *err)
 {
@@ -10111,7 +10234,13 @@ static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
     return KVMETA_OK;
 }
 
-/* The manifest after the rotation. *drop: the old log holds no frame. */
+/*
+ * The manifest after the rotation; swap lock held. Either log may be closed,
+ * that is absent. An old log that holds no frame is dropped instead of being
+ * sealed: there is nothing in it to flush. That there is no room for another
+ * log passes, once the background has flushed one. After an error `next`
+ * holds nothing.
+ */
 static int kv_rotate_manifest(struct kvmeta *db, const struct kv_log *old,
                               const struct kv_log *new,
                               struct kv_manifest *next,
@@ -10143,7 +10272,10 @@ static int kv_rotate_manifest(struct kvmeta *db, const struct kv_log *old,
     return KVMETA_OK;
 }
 
-/* Closes the old log's file, or leaves that to a sync that still runs. */
+/* Closes the old log's file, or leaves that to a sync of it that still runs
+ * (kv_job_log_sync): a descriptor must not be closed, and used for another
+ * file, under a system call. The swap has dropped a log without frames, so it
+ * may be unlinked now (F1). */
 static void kv_rotate_retire(struct kvmeta *db, struct kv_log *old)
 {
     bool empty;
@@ -10161,6 +10293,7 @@ static void kv_rotate_retire(struct kvmeta *db, struct kv_log *old)
     if (empty) (void)kv_file_unlink(&db->env, KV_FILE_LOG, old->head.id, NULL);
 }
 
+/* The swap. *undone: see kv_store_swap; also where it was not even tried. */
 static int kv_rotate_switch(struct kvmeta *db, struct kv_log *new,
                             bool *undone, struct kvmeta_error *err)
 {
@@ -10177,8 +10310,13 @@ static int kv_rotate_switch(struct kvmeta *db, struct kv_log *new,
     return rc;
 }
 
-/* successor: begin a new log. Without a live log and without a successor
- * there is nothing to do. After a passing error the old log goes on. */
+/*
+ * successor: begin a new log. Without a live log and without a successor
+ * there is nothing to do. After a passing error the old log goes on, and all
+ * commits are durable or still in the buffer. After any other error the store
+ * has failed; a new log that the swap may have named stays, without a frame.
+ * db->log is another one only after success: the new log, or none.
+ */
 static int kv_rotate(struct kvmeta *db, bool successor,
                      struct kvmeta_error *err)
 {
@@ -10199,7 +10337,7 @@ static int kv_rotate(struct kvmeta *db, bool successor,
     }
     old = db->log;
     db->log = new;
-    db->log_end = new.end;
+    db->log_end = new.end;        /* 0: none, so nothing to prepare for */
     kv_log_buffer_clear(&db->buffer);
     kv_rotate_retire(db, &old);
     if (old.head.id) db->counters.rotations++;
