@@ -11756,9 +11756,16 @@ static int kv_commit_stall(struct kvmeta *db)
 }
 /* ==========================================================================
  * Open: options
+ *
+ * From what the caller has set to what the rest of the code may rely on: each
+ * value in its range, each default filled in. Only open_threads may still be
+ * 0, until kv_store_new has counted the cores. The ranges stand in kvmeta.h as
+ * well, as a promise: they may become wider, never narrower.
  * ========================================================================== */
 
-/* Size of the options of the first release; later ones only append. */
+/* Size of the options of the first release; later ones only append. Fields
+ * that are appended must not move this, and are not there to be copied from a
+ * caller that was compiled with an older header: it gets their defaults. */
 enum { KV_OPTIONS_BYTES_MIN = (int)sizeof(struct kvmeta_options) };
 
 struct kv_option_range {
@@ -11767,7 +11774,8 @@ struct kv_option_range {
     bool wide;                    /* uint64_t, else uint32_t */
     uint64_t min;
     uint64_t max;
-    uint64_t otherwise;           /* default, in place of 0 */
+    uint64_t otherwise;           /* default, in place of 0; need not be in
+                                     the range */
 };
 
 #define KV_RANGE32(field, min, max, otherwise) \
@@ -11790,6 +11798,8 @@ static const struct kv_option_range kv_option_ranges[] = {
     KV_RANGE64(memory_bytes_max, 0, UINT64_MAX, 0),
 };
 
+/* Checks one integer field, or gives it its default. The error names the
+ * option and its range; a value of an option is no secret. */
 static int kv_option_normalize(struct kvmeta_options *o,
                                const struct kv_option_range *range,
                                struct kvmeta_error *err)
@@ -11819,7 +11829,13 @@ static int kv_option_normalize(struct kvmeta_options *o,
     return KVMETA_OK;
 }
 
-/* Copies the caller's options, checks them, fills in the defaults. */
+/*
+ * Copies the caller's options, checks them, fills in the defaults. Nothing of
+ * `from` is read beyond its struct_size, and not even that much if the number
+ * cannot be one: most likely kvmeta_options_init was not called. A tail that
+ * this code does not know must be zero; whoever sets an option of a newer
+ * version must not be left to believe that it counts.
+ */
 static int kv_options_normalize(const struct kvmeta_options *from,
                                 struct kvmeta_options *o,
                                 struct kvmeta_error *err)
@@ -11868,21 +11884,34 @@ static int kv_options_normalize(const struct kvmeta_options *from,
 
 /* ==========================================================================
  * Open: what is in the directory
+ *
+ * The names of our files, and what the ones that the manifest does not list
+ * can tell. Such a file is garbage of a crash, as a rule. But it is deleted
+ * only if nothing says that the manifest is the wrong one: an older copy that
+ * somebody has put back, or that of another store. Reads only. A file whose
+ * name is not exactly one of ours is not looked at by anybody.
+ *
+ *   unlisted                           shows
+ *   a log with frames, id >= next_id   that the manifest is stale: corrupt
+ *   a whole header, another uuid       a file of another store: corrupt
+ *   MANIFEST.tmp, anything else        a crash: garbage
  * ========================================================================== */
 
-/* Files of ours that are there. */
+/* Files of ours that are there. To be freed after an error, too. */
 struct kv_listing {
     struct kv_env *env;
-    struct kv_file *files;        /* kind and id only */
+    struct kv_file *files;        /* kind and id only; none is open */
     size_t count;
     size_t cap;
     bool manifest;
     bool lock;
     bool data;                    /* a log or a table */
-    uint64_t id_max;
-    int rc;
+    uint64_t id_max;              /* of logs and tables; 0: there are none */
+    int rc;                       /* why the listing was broken off */
 };
 
+/* Called by the vfs for each name, in any order. An errno ends the listing;
+ * the error itself is kept in list->rc. */
 static int kv_listing_add(void *arg, const char *name)
 {
     struct kv_listing *list = arg;
@@ -11904,6 +11933,7 @@ static int kv_listing_add(void *arg, const char *name)
     return 0;
 }
 
+/* Lists the directory, anew if it was listed before. */
 static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
                            struct kvmeta_error *err)
 {
@@ -11913,6 +11943,7 @@ static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
     memset(list, 0, sizeof *list);
     list->env = env;
     e = env->vfs->dir_list(env->vfs->user, env->dir, kv_listing_add, list);
+    /* Of ours or of the vfs, in this order: the latter only passes ours on. */
     if (list->rc) return kv_fail_memory(err, list->cap * sizeof *list->files);
     if (e)
         return kv_fail(err, kv_open_code(e), e,
@@ -11920,6 +11951,8 @@ static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
     return KVMETA_OK;
 }
 
+/* Is the file part of the store? LOCK and MANIFEST always are; a manifest
+ * that was being written (MANIFEST.tmp) never is. */
 static bool kv_manifest_names(const struct kv_manifest *m,
                               const struct kv_file *f)
 {
@@ -11934,8 +11967,12 @@ static bool kv_manifest_names(const struct kv_manifest *m,
     return f->kind == KV_FILE_LOCK || f->kind == KV_FILE_MANIFEST;
 }
 
-/* Does the file, which the manifest does not name, hold a frame? Then it was
- * named by a manifest that is newer than ours. */
+/*
+ * Does the file, which the manifest does not name, hold a frame? Then it was
+ * named by a manifest that is newer than ours: frames are written to a log
+ * only after the swap that makes it live (O1). A log without a whole header,
+ * or with a header alone, is what a rotation leaves that was cut short.
+ */
 static int kv_check_unlisted_log(struct kv_env *env,
                                  const struct kv_file *file,
                                  struct kvmeta_error *err)
@@ -11947,6 +11984,7 @@ static int kv_check_unlisted_log(struct kv_env *env,
 
     if (!rc && !kv_log_head_decode(env, file->id, run.bytes, run.size,
                                    &run.head)) {
+        /* The first frame is enough: without it there is no chain. */
         run.last_hcrc = run.head.crc;
         if (kv_run_frame_at(env, &run, kv_log_first(run.head.align), &f,
                             &reason))
@@ -11958,8 +11996,12 @@ static int kv_check_unlisted_log(struct kv_env *env,
     return rc;
 }
 
-/* Does the file begin with the header of a log or table of another store?
- * It must be whole: a file that a crash has torn proves nothing. */
+/*
+ * Does the file begin with the header of a log or table of another store? It
+ * must be whole: a file that a crash has torn proves nothing. Its sum is
+ * checked with the uuid that it holds itself. Deleting it would take away what
+ * is not ours.
+ */
 static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
                             struct kvmeta_error *err)
 {
@@ -11973,6 +12015,7 @@ static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
     bool whole = false;
     int rc = kv_file_size(env, file, &size, err);
 
+    /* Shorter than either header: of a log's, the rest is checked below. */
     if (rc || size < KV_TABLE_HEADER_BYTES) return rc;
     size = kv_min(size, KV_LOG_ALIGN_MAX);    /* no header is longer */
     bytes = kv_alloc(env, (size_t)size);
@@ -11989,8 +12032,13 @@ static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
     return kv_fail_corrupt(err, file, at, "file of another store");
 }
 
-/* An unlisted file of ours is garbage, unless it shows that the manifest is
- * stale, or belongs to another store. */
+/*
+ * An unlisted file of ours is garbage, unless it shows that the manifest is
+ * stale, or belongs to another store. Only a log whose id is not below
+ * next_id can show the former: a manifest that dropped a log has a higher
+ * next_id than the log's id, so a log below it may hold frames and have been
+ * left behind by an unlink that failed. which: as listed, not open.
+ */
 static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
                              const struct kv_file *which,
                              struct kvmeta_error *err)
@@ -12008,40 +12056,69 @@ static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
 /* ==========================================================================
  * Open: recovery
  *
- * Everything is read and checked before anything is written. The records go
- * from the tables and logs, merged by key range, into the tree. Carries (P1):
- * what is recovered is exactly the state after the last frame accepted; (P2):
- * its digest, computed anew, is the one that this frame (or the manifest)
- * holds.
+ * Everything is read and checked before anything is written (kv_recover_read,
+ * kv_recover_write). An open has the store to itself: but for LOCK, which may
+ * be missing until all has been read, no lock is needed here.
+ *
+ *   manifest         which tables and logs there are
+ *   marks, names     is the manifest the last one?
+ *   tables, logs     opened side by side; logs are read and sorted as a whole,
+ *                    tables but for their blocks
+ *   chain            does each log begin where the one before has ended?
+ *   ranges           the keys are cut into ranges; for each, all tables and
+ *                    logs are merged into leaves of the tree, side by side
+ *   digest           are these the records that were there? (P2)
+ *
+ *   directory sync   what was read may not be on disk yet
+ *   swap             a live log becomes a table, or a damaged copy of the
+ *                    manifest is put right; else there is none
+ *   unlink           what no manifest names
+ *
+ * The live log is not gone on with. What it holds may be in the cache only,
+ * from before a kill, or be behind a sync that failed; a sync of the file
+ * would not tell. Its records are written to a new file instead, whose sync
+ * can be believed. A cut in between leaves the log as it was, to be recovered
+ * once more.
+ *
+ * An open and a close without a write in between change nothing on disk, if
+ * the last close was clean and no merge is due: a sealed log is not flushed
+ * before there is a live one.
+ *
+ * (P1) What is recovered is exactly the state after the last frame accepted.
+ * (P2) Its digest, computed anew, is the one that this frame (or the manifest)
+ *      holds.
  * ========================================================================== */
 
-/* Work of one open; freed at its end. */
+/* Work of one open; freed at its end, whatever has been filled in. */
 struct kv_recovery {
     struct kvmeta *db;
     struct kv_listing list;
-    struct kv_mark marks[2];
+    struct kv_mark marks[2];      /* counter 0: none in this slot */
     bool healed;                  /* one copy of the manifest is damaged */
-    struct kv_run *runs;          /* one per log of the manifest */
+    struct kv_run *runs;          /* one per log of the manifest, as there */
     size_t runs_count;
-    size_t ranges;                /* of keys, one loader each */
-    unsigned char *bounds;        /* ranges - 1 keys */
-    struct kv_loader *loaders;
+    size_t ranges;                /* of keys, one loader each; at least 1 */
+    unsigned char *bounds;        /* ranges - 1 keys: where each but the first
+                                     range begins */
+    struct kv_loader *loaders;    /* empty once the tree has adopted them */
     uint64_t seq;                 /* of the last commit */
     struct kvmeta_digest digest;  /* after it */
 };
 
-/* One task of many that run side by side. */
+/* One task of many that run side by side. Each takes the next index that is
+ * left (*next, shared by all) until there is none, or it has met an error. */
 struct kv_task {
     int (*fn)(struct kv_recovery *rec, size_t index, struct kvmeta_error *err);
     struct kv_recovery *rec;
     _Atomic size_t *next;
-    size_t count;
+    size_t count;                 /* indexes, together */
     int rc;
     struct kvmeta_error err;
     pthread_t thread;
-    bool started;
+    bool started;                 /* `thread` is one, to be joined */
 };
 
+/* Also called by the opener itself, whose task has no thread. */
 static void *kv_task_main(void *arg)
 {
     struct kv_task *task = arg;
@@ -12057,8 +12134,13 @@ static void *kv_task_main(void *arg)
 
 enum { KV_OPEN_THREADS_MAX = 64 };
 
-/* Runs fn for 0..count-1 on the open's threads; the first error wins. A
- * thread that cannot be started only means that the others do its part. */
+/*
+ * Runs fn for 0..count-1 on the open's threads, of which the caller's is one.
+ * A thread that cannot be started only means that the others do its part. One
+ * that meets an error stops, and the others still do what is left; the error
+ * of the first such task is returned. fn must write to nothing but what
+ * belongs to its index or has its own lock. All threads are gone on return.
+ */
 static int kv_parallel(struct kv_recovery *rec, size_t count,
                        int (*fn)(struct kv_recovery *rec, size_t index,
                                  struct kvmeta_error *err),
@@ -12082,6 +12164,7 @@ static int kv_parallel(struct kv_recovery *rec, size_t count,
             tasks[i].started = pthread_create(&tasks[i].thread, NULL,
                                               kv_task_main, &tasks[i]) == 0;
     }
+    /* The last task is the caller's own: with it alone all would be done. */
     kv_task_main(&tasks[threads - 1]);
     for (size_t i = 0; i < threads; i++) {
         if (tasks[i].started) pthread_join(tasks[i].thread, NULL);
@@ -12094,6 +12177,8 @@ static int kv_parallel(struct kv_recovery *rec, size_t count,
     return rc;
 }
 
+/* Task: the log i of the manifest. Both marks count, the older one too: each
+ * says that a sync had returned, and offsets only grow. */
 static int kv_recover_log(struct kv_recovery *rec, size_t i,
                           struct kvmeta_error *err)
 {
@@ -12106,6 +12191,8 @@ static int kv_recover_log(struct kv_recovery *rec, size_t i,
     return kv_run_load(&rec->db->env, meta, acked, &rec->runs[i], err);
 }
 
+/* Task: opens table i of the manifest, for as long as the store is open. Its
+ * blocks are read by the merges. */
 static int kv_recover_table(struct kv_recovery *rec, size_t i,
                             struct kvmeta_error *err)
 {
@@ -12115,7 +12202,10 @@ static int kv_recover_table(struct kv_recovery *rec, size_t i,
                          err);
 }
 
-/* Each log must begin where the tables, or the log before, ended. */
+/* Each log must begin where the tables, or the log before, ended: with the
+ * next commit number, and from the same digest. Leaves in rec->seq and
+ * rec->digest what the last of them comes to, or the tables where there is
+ * none. */
 static int kv_recover_chain(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
@@ -12142,8 +12232,13 @@ static int kv_recover_chain(struct kv_recovery *rec, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
-/* Splits the keys into ranges of like size, by the first keys of the blocks
- * of the largest table or by the entries of the largest log. */
+/*
+ * Splits the keys into ranges of like size, by the first keys of the blocks
+ * of the largest table or by the entries of the largest log: these are sorted
+ * samples that are at hand, of whatever the keys are like. A poor split costs
+ * time only. The bounds ascend strictly, as do the keys that they are taken
+ * from, so that each record is in one range; a range may still be empty.
+ */
 static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
@@ -12165,7 +12260,8 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
     }
     if (table && run && run->count > table->meta.records) table = NULL;
     points = table ? table->blocks : run ? run->count : 0;
-    /* Four ranges a thread even out those that take longer. */
+    /* Four ranges a thread even out those that take longer; less than 65,536
+     * records are not worth a range, and no two bounds may be the same. */
     rec->ranges = db->options.open_threads > 1
         ? (size_t)kv_min(4 * (uint64_t)db->options.open_threads,
                          records / 65536) : 1;
@@ -12187,13 +12283,19 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
     return KVMETA_OK;
 }
 
+/*
+ * Task: merges all tables and logs for range i into its loader. Of equal keys
+ * the youngest input's record comes out, and where that is a tombstone there
+ * is no record. The rounds of the merge are used directly, without the source
+ * that hands records out one by one: this is where an open spends its time.
+ */
 static int kv_recover_range(struct kv_recovery *rec, size_t i,
                             struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
     size_t key_bytes = db->env.shape.key_bytes;
     const unsigned char *to = rec->bounds + i * key_bytes;
-    struct kv_job job = {.env = &db->env};
+    struct kv_job job = {.env = &db->env};   /* no stop, no rate */
     struct kv_inputs in;
     int rc = kv_inputs_open(&job, db->tables, db->tables_count, rec->runs,
                             rec->runs_count, i > 0 ? to - key_bytes : NULL,
@@ -12202,6 +12304,7 @@ static int kv_recover_range(struct kv_recovery *rec, size_t i,
     while (!rc) {
         const struct kv_item *items = in.merge.items;
 
+        /* Items stay valid until the next round; the loader copies them. */
         rc = kv_merge_round(&in.merge, err);
         for (size_t k = 0; k < in.merge.count && !rc; k++)
             if (!(items[k].mark & 1))
@@ -12213,7 +12316,13 @@ static int kv_recover_range(struct kv_recovery *rec, size_t i,
     return rc == KV_END ? KVMETA_OK : rc;
 }
 
-/* P2: the records are the ones that were there when the last commit was. */
+/*
+ * P2: the records are the ones that were there when the last commit was. By
+ * now every sum over bytes was right; what this still finds is a file that is
+ * whole and wrong, or a mistake in merging. Which one cannot be told, so the
+ * message names the place of the digest that was expected: the manifest's, or
+ * the end of the last log.
+ */
 static int kv_recover_digest(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
@@ -12236,7 +12345,8 @@ static int kv_recover_digest(struct kv_recovery *rec, struct kvmeta_error *err)
                            (unsigned long long)rec->digest.lo);
 }
 
-/* Unlisted files, and a mark from a later manifest. */
+/* Unlisted files, and a mark from a later manifest. Does not look at what the
+ * manifest lists: a file that is missing is met when it is opened. */
 static int kv_recover_check_files(struct kv_recovery *rec,
                                   struct kvmeta_error *err)
 {
@@ -12244,6 +12354,7 @@ static int kv_recover_check_files(struct kv_recovery *rec,
     struct kv_file manifest = {.kind = KV_FILE_MANIFEST};
     int rc = KVMETA_OK;
 
+    /* A mark is written after its swap, so it never runs ahead of the disk. */
     for (unsigned i = 0; i < 2; i++)
         if (rec->marks[i].counter && rec->marks[i].gen > db->manifest.gen
             && !KV_MUTANT(18))
@@ -12262,7 +12373,12 @@ static int kv_recover_check_files(struct kv_recovery *rec,
     return rc;
 }
 
-/* Reads and checks everything; writes nothing. */
+/*
+ * Reads and checks everything; writes nothing. OK: the tree holds the records,
+ * and db the manifest and the open tables. After an error db is only good for
+ * kv_store_free. Without LOCK (a read-only store may have none) there are no
+ * marks, which is lost evidence and no error.
+ */
 static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
@@ -12274,6 +12390,7 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
     if (!rc) rc = kv_recover_check_files(rec, err);
     if (rc) return rc;
 
+    /* Zeroed: whatever fails now, what was not opened yet can be closed. */
     rec->runs_count = m->logs_count;
     rec->runs = kv_alloc_zeroed(&db->env,
                                 (m->logs_count + 1) * sizeof *rec->runs);
@@ -12284,11 +12401,14 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
     db->tables_count = m->tables_count;
     db->tables_seq = m->seq;
     db->tables_digest = m->digest;
+    /* Garbage may have ids that no manifest has noted; see kv_store_new_id. */
     db->next_id = kv_max(m->next_id, rec->list.id_max + 1);
     db->found.open_tables = m->tables_count;
     for (size_t i = 0; i < m->tables_count; i++)
         db->found.open_table_records += m->tables[i].records;
 
+    /* Each step needs all of those before: the chain all logs, the split all
+     * sizes, a range every table and log. */
     rc = kv_parallel(rec, m->tables_count, kv_recover_table, err);
     if (!rc) rc = kv_parallel(rec, rec->runs_count, kv_recover_log, err);
     if (!rc) rc = kv_recover_chain(rec, err);
@@ -12301,8 +12421,13 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
     return rc;
 }
 
-/* The newest log was live: what it holds goes into a table, with all logs
- * before it. It is never appended to, and never trusted to be on disk. */
+/*
+ * The newest log was live: what it holds goes into a table, with all logs
+ * before it, for one table holds them as well as many. The log is never
+ * appended to, and never trusted to be on disk. If no log has a batch there
+ * is no table, and the swap only drops the logs. The records have been through
+ * P2 already; the table holds changes, and has no digest of its own.
+ */
 static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
@@ -12315,6 +12440,7 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
     struct kv_job job;
     int rc;
 
+    /* There is no live log that a step between blocks could look after. */
     kv_job_init(db, &job);
     job.between = NULL;
     rc = kv_inputs_open(&job, NULL, 0, rec->runs, rec->runs_count, NULL, NULL,
@@ -12329,7 +12455,7 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
 }
 
 /* An empty swap: puts a damaged copy of the manifest right, and makes a new
- * store. */
+ * store. A new image replaces both copies, with the next generation. */
 static int kv_recover_swap(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_manifest next;
@@ -12343,7 +12469,8 @@ static int kv_recover_swap(struct kvmeta *db, struct kvmeta_error *err)
     return rc;
 }
 
-/* Deletes what no manifest names. A failure leaves it to the next open. */
+/* Deletes what no manifest names, of the files that were listed and checked:
+ * the last thing that an open does. A failure leaves it to the next one. */
 static void kv_recover_clean(struct kv_recovery *rec)
 {
     struct kvmeta *db = rec->db;
@@ -12362,7 +12489,13 @@ static void kv_recover_clean(struct kv_recovery *rec)
     }
 }
 
-/* Brings the directory into the state of a store that runs. */
+/*
+ * Brings the directory into the state of a store that runs: no live log, two
+ * good copies of the manifest, no garbage. Everything has been checked, and
+ * LOCK is held. After an error the next open finds what this one found, or
+ * the table already in place of the log; an open whose swap was done but not
+ * its mark fails as well, since its store could not be written to.
+ */
 static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
@@ -12375,6 +12508,7 @@ static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
         rc = kv_recover_flush(rec, err);
     else if (!rc && rec->healed)
         rc = kv_recover_swap(db, err);
+    /* A swap is OK, too, when its mark has failed the store. */
     if (!rc && db->failed)
         rc = kv_fail(err, KVMETA_E_IO, db->failed_error.sys_errno, "%s",
                      db->failed_error.message);
@@ -12382,6 +12516,8 @@ static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
     return rc;
 }
 
+/* What an open has left over: the logs' bytes and, if it failed, leaves that
+ * are in no tree. Accepts one of which only `db` is set. */
 static void kv_recovery_free(struct kv_recovery *rec)
 {
     struct kv_env *env = &rec->db->env;
@@ -12401,8 +12537,30 @@ static void kv_recovery_free(struct kv_recovery *rec)
  *
  * State of a handle: made (kv_store_new) -> locked -> recovered -> running
  * (thread) -> closed. kv_store_free takes it apart from any of them.
+ *
+ * One handle at a time has a store, in this process or in any other: that is
+ * what the lock on LOCK is for. It belongs to the open file, and goes with it
+ * when the process ends, however it ends; a pid in a file could outlive its
+ * process. LOCK is never unlinked, or two handles could each have locked a
+ * LOCK of their own.
+ *
+ * A directory is in one of these states. What is refused is left as it is.
+ *
+ *   missing or empty                        a store is made
+ *   LOCK without a mark                     the same: making one was cut short
+ *   no manifest, but logs, tables or marks  corrupt: the manifest is lost
+ *   manifest, no LOCK                       read and checked, then LOCK is
+ *                                           made, and all done again under it
+ *   manifest and LOCK                       recovered
  * ========================================================================== */
 
+/*
+ * Gives everything back, from any state of the handle, and writes nothing.
+ * The thread must have ended, and no other may be in a call. What is open
+ * is closed without a sync: for a store that was not sealed before, this is
+ * like a kill. The last is `memory`, which holds *db itself; `env` is copied
+ * since freeing needs it.
+ */
 static void kv_store_free(struct kvmeta *db)
 {
     struct kv_env env = db->env;
@@ -12433,6 +12591,8 @@ static void kv_store_free(struct kvmeta *db)
     kv_free(&env, db->memory);
 }
 
+/* Returns an errno. Where one of them fails, those made before are given up
+ * without being destroyed. */
 static int kv_store_make_locks(struct kvmeta *db)
 {
     int e = pthread_mutex_init(&db->queue_lock, NULL);
@@ -12449,7 +12609,11 @@ static int kv_store_make_locks(struct kvmeta *db)
     return e;
 }
 
-/* A page that a fork empties; NULL where the system has no such thing. */
+/*
+ * A page that a fork empties: 1 here, 0 in a child (MADV_WIPEONFORK, Linux
+ * 4.14). NULL where the system has no such thing, where all memory is to come
+ * from realloc_fn, or where the vfs has its own idea of a process.
+ */
 static _Atomic uint32_t *kv_alive_map(const struct kv_env *env)
 {
     void *page = NULL;
@@ -12471,6 +12635,11 @@ static _Atomic uint32_t *kv_alive_map(const struct kv_env *env)
     return page;
 }
 
+/*
+ * A handle that has its memory and its locks, and an empty tree; no file is
+ * open. options: normalized. No allocator need align to a cache line, so a
+ * line more is asked for.
+ */
 static int kv_store_new(const struct kvmeta_options *options,
                         struct kvmeta **out, struct kvmeta_error *err)
 {
@@ -12512,7 +12681,9 @@ static int kv_store_new(const struct kvmeta_options *options,
     return KVMETA_OK;
 }
 
-/* Opens the directory; creates it where it is missing and may be. */
+/* Opens the directory; creates it where it is missing and may be. Its entry in
+ * its parent is synced later (kv_open_create), by whichever open makes the
+ * store: the one that made the directory may have come to nothing. */
 static int kv_open_dir(struct kvmeta *db, const char *path,
                        struct kvmeta_error *err)
 {
@@ -12533,6 +12704,9 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
                    "directory: error %d", e);
 }
 
+/* Opens LOCK and locks it; does not wait. A read-only handle locks it as well,
+ * against writers and, since there is one kind of lock only, against others
+ * like it. After an error db->lock may be open; kv_store_free closes it. */
 static int kv_open_lock(struct kvmeta *db, bool create,
                         struct kvmeta_error *err)
 {
@@ -12550,7 +12724,13 @@ static int kv_open_lock(struct kvmeta *db, bool create,
     return rc ? kv_fail_file(err, &db->lock, rc, "lock", 0) : KVMETA_OK;
 }
 
-/* A directory without a manifest: is a store to be made of it? */
+/*
+ * A directory without a manifest: is a store to be made of it? Only if nothing
+ * says that there has been one. Marks are first written after the first swap,
+ * so LOCK without a mark is what an open leaves that was cut before it. The
+ * uuid is not known without the manifest, and any mark counts. Changes
+ * nothing, and needs no lock: whoever makes a store has LOCK and looks again.
+ */
 static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
                           struct kvmeta_error *err)
 {
@@ -12579,8 +12759,13 @@ static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
     return KVMETA_OK;
 }
 
-/* Makes a store in the locked directory: an empty manifest. The directory may
- * have been made a moment ago, by this open or by another that failed. */
+/*
+ * Makes a store in the locked directory: an empty manifest, generation 1. The
+ * directory may have been made a moment ago, by this open or by another that
+ * failed, so its entry is synced first: a store must not be acknowledged that
+ * its parent may not have after a power cut. A cut before the swap leaves
+ * LOCK without a mark; the next open begins anew, with another uuid.
+ */
 static int kv_open_create(struct kvmeta *db, const char *path,
                           struct kvmeta_error *err)
 {
@@ -12603,7 +12788,8 @@ static int kv_open_create(struct kvmeta *db, const char *path,
 /*
  * Everything from the listing to the recovered store. Where LOCK is missing
  * it is made last, once all else has been checked: a store that is found
- * damaged is left as it was. *again: LOCK was made, check anew under it.
+ * damaged is left as it was. *again: LOCK was made, check anew under it, since
+ * what was read without it may have been changed by another process.
  */
 static int kv_open_recover(struct kvmeta *db, const char *path,
                            struct kv_recovery *rec, bool *again,
@@ -12626,10 +12812,11 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
     }
     rc = kv_recover_read(rec, err);
     if (rc || read_only) return rc;
-    if (!db->lock.open) {
+    if (!db->lock.open) {         /* the caller begins anew in any case */
         *again = true;
         return kv_open_lock(db, true, err);
     }
+    /* The next mark goes to the slot of the older one. */
     for (unsigned i = 0; i < 2; i++)
         if (rec->marks[i].counter > db->mark.counter)
             db->mark = rec->marks[i];
@@ -12637,6 +12824,11 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
     return kv_recover_write(rec, err);
 }
 
+/*
+ * One try of an open. With *again there is no handle, though rc is OK: all
+ * that this one read is thrown away. The thread is started once nothing else
+ * can fail: until then no lock is needed for what it looks at.
+ */
 static int kv_open_once(const char *path, const struct kvmeta_options *options,
                         struct kvmeta **out, bool *again,
                         struct kvmeta_error *err)
@@ -12676,6 +12868,8 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
     return KVMETA_OK;
 }
 
+/* A second try finds the LOCK that the first has made. A success clears *err,
+ * where a try may have left the text of something that was not fatal. */
 int kvmeta_open(const char *dir, const struct kvmeta_options *options,
                 kvmeta **db, struct kvmeta_error *err)
 {
@@ -12696,7 +12890,12 @@ int kvmeta_open(const char *dir, const struct kvmeta_options *options,
     return rc;
 }
 
-/* Everything durable, the log sealed. */
+/*
+ * Everything durable, the log sealed: with that, the manifest accounts for
+ * every byte, and the next open tolerates no tail. The last mark is synced as
+ * well. After an error the directory is as after a kill, and the log live or
+ * sealed; what was durable is there.
+ */
 static int kv_close_seal(struct kvmeta *db)
 {
     struct kv_request right = {.exclusive = true};
@@ -12713,6 +12912,18 @@ static int kv_close_seal(struct kvmeta *db)
     return rc;
 }
 
+/*
+ * The order: no more steps, then seal, then free. Until the worker is joined
+ * it may hold the job lock, or wait for the right; afterwards this thread is
+ * the only one. A prepared log that was never begun is no part of the store
+ * and is unlinked; a crash would leave it to the next open.
+ *
+ * In a forked child no lock may be touched, not even to ask for snapshots: its
+ * holder is a thread of the parent, and does not exist here. Closing the
+ * child's copy of LOCK does not unlock it, for the lock belongs to the open
+ * file that both share, and lasts until the parent's descriptor is closed,
+ * too. Nothing is written.
+ */
 int kvmeta_close(kvmeta *db)
 {
     struct kv_tree_usage usage;
@@ -12747,7 +12958,18 @@ int kvmeta_close(kvmeta *db)
 /* ==========================================================================
  * Public functions, in the order of the header
  *
- * Thin: check the arguments, call, return.
+ * Thin: check the arguments, call, return. kvmeta.h says what they promise;
+ * here stands what it takes to keep that.
+ *
+ * A read pins a version (kv_tree_pin) or holds one (kv_tree_hold). A pin costs
+ * a few atomics, but while it lasts the writer cannot work in place, so no
+ * callback and nothing long may run under one; a hold takes the delta lock,
+ * and costs what is changed meanwhile. Both leave the state as it is, so what
+ * is read belongs together.
+ *
+ * Writes become a kv_request on the stack, which kv_commit takes to its end;
+ * it is also where a forked child and a read-only store are turned down.
+ * Reads do not ask for either.
  * ========================================================================== */
 
 const char *kvmeta_strerror(int code)
@@ -12787,6 +13009,7 @@ void kvmeta_options_init(struct kvmeta_options *options, uint32_t key_bytes,
     options->value_bytes = value_bytes;
 }
 
+/* v: pinned or held. value NULL: only asks whether there is a record. */
 static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
                          const void *key, void *value)
 {
@@ -12846,6 +13069,8 @@ int kvmeta_get_many(kvmeta *db, const void *keys, size_t n, void *values,
     return KVMETA_OK;
 }
 
+/* Holds its version: fn may take as long as it likes, and may write to the
+ * store, without an effect on what it will still be shown. */
 int kvmeta_scan(kvmeta *db, const void *from, const void *to,
                 int (*fn)(void *user, const void *key, const void *value),
                 void *user)
@@ -12889,7 +13114,8 @@ static unsigned kv_durability(const struct kvmeta *db, unsigned flags)
     return flags ? flags : db->options.durability;
 }
 
-/* A batch of one operation. */
+/* A batch of one operation. *found is set on success only: whether there was
+ * a record before, which is not known for a put that waits in a delta. */
 static int kv_write_one(kvmeta *db, int type, const void *key,
                         const void *value, void *previous, unsigned flags,
                         bool *found)
@@ -12949,6 +13175,9 @@ int kvmeta_swap(kvmeta *db, const void *key, const void *value, void *previous,
     return found ? KVMETA_OK : KVMETA_NOT_FOUND;
 }
 
+/* All operations are checked before the first one is done: kv_commit takes
+ * them as they are. Without changes it still waits for its turn, and for the
+ * sync if it is durable. */
 int kvmeta_write(kvmeta *db, const struct kvmeta_op *ops, size_t n,
                  unsigned flags, uint64_t *seq)
 {
@@ -12973,8 +13202,12 @@ int kvmeta_write(kvmeta *db, const struct kvmeta_op *ops, size_t n,
     return rc;
 }
 
-/* Operations, and the bytes that they point to. Offsets, not pointers, while
- * the bytes may move. */
+/*
+ * Operations, and the bytes that they point to. The i-th one's key and value
+ * are at i * record_bytes; pointers to them are made at the commit, since the
+ * bytes may move until then. What ops[].value says before is only whether
+ * there is a value: it is the caller's pointer, and never followed.
+ */
 struct kvmeta_batch {
     kvmeta *db;
     struct kvmeta_op *ops;
@@ -12996,6 +13229,8 @@ int kvmeta_batch_new(kvmeta *db, kvmeta_batch **batch)
     return KVMETA_OK;
 }
 
+/* Adds to the batch, or leaves it as it is. The bound is that of a frame, but
+ * counts expectations too; no product below can overflow. */
 static int kv_batch_add(kvmeta_batch *b, int type, const void *key,
                         const void *value)
 {
@@ -13064,6 +13299,8 @@ void kvmeta_batch_free(kvmeta_batch *batch)
     kv_free(env, batch);
 }
 
+/* Makes the pointers, which changes nothing that the batch's owner can see;
+ * so a batch may be committed again. */
 int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch, unsigned flags,
                   uint64_t *seq)
 {
@@ -13080,6 +13317,8 @@ int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch, unsigned flags,
     return kvmeta_write(db, batch->ops, batch->count, flags, seq);
 }
 
+/* A held version. It never changes, so any number of threads read it without
+ * a lock or a pin. */
 struct kvmeta_snapshot {
     kvmeta *db;
     struct kv_version *version;
@@ -13141,10 +13380,12 @@ struct kvmeta_digest kvmeta_snapshot_digest(const kvmeta_snapshot *snapshot)
     return snapshot ? snapshot->version->digest : none;
 }
 
+/* A place in a snapshot's version, which the snapshot keeps alive. */
 struct kvmeta_cursor {
-    struct kv_env *env;
+    struct kv_env *env;           /* for freeing */
     struct kv_cursor at;
-    unsigned char *key;           /* follows the cursor */
+    unsigned char *key;           /* for kvmeta_cursor_key, which puts the
+                                     key together there; in this allocation */
 };
 
 int kvmeta_cursor_open(kvmeta_snapshot *snapshot, kvmeta_cursor **cursor)
@@ -13215,6 +13456,8 @@ const void *kvmeta_cursor_value(const kvmeta_cursor *cursor)
     return cursor && cursor->at.n > 0 ? kv_cursor_value(&cursor->at) : NULL;
 }
 
+/* A commit without changes. The leader that takes it writes what is buffered
+ * and syncs the log; where nothing is left to sync, it does no I/O. */
 int kvmeta_sync(kvmeta *db)
 {
     struct kv_request barrier = {.durability = KVMETA_DURABLE};
@@ -13223,7 +13466,7 @@ int kvmeta_sync(kvmeta *db)
     return kv_commit(db, &barrier);
 }
 
-/* Is every log up to `id` in a table? */
+/* Is every log up to `id` in a table? Logs go oldest first. */
 static bool kv_flushed(struct kvmeta *db, uint64_t id)
 {
     bool flushed;
@@ -13241,6 +13484,13 @@ static void kv_step_fence(struct kvmeta *db)
     pthread_mutex_unlock(&db->job_lock);
 }
 
+/*
+ * The rotation and the flag are one thing under the right: no other log can
+ * be sealed in between, so `id` is the last that this call is about. Later
+ * commits go to later logs, and it does not wait for those. The flag makes the
+ * background flush though no log is live (kv_plan_make); it goes with the
+ * last sealed log.
+ */
 int kvmeta_flush(kvmeta *db)
 {
     struct kv_request right = {.exclusive = true};
@@ -13265,7 +13515,9 @@ int kvmeta_flush(kvmeta *db)
     return rc;
 }
 
-/* Full compactions may also find nothing to do. */
+/* Full compactions may also find nothing to do. Looks at the manifest, as the
+ * tables themselves are the job lock's; they say the same but for the moment
+ * after a swap. Takes the wish back once it is fulfilled, by whatever step. */
 static bool kv_compacted(struct kvmeta *db, uint64_t unused)
 {
     bool done;
@@ -13281,6 +13533,8 @@ static bool kv_compacted(struct kvmeta *db, uint64_t unused)
     return done;
 }
 
+/* Flushes first: the table is to have all that was committed before the call.
+ * What is committed later is not waited for, and may be in another table. */
 int kvmeta_compact(kvmeta *db)
 {
     int rc = kvmeta_flush(db);
@@ -13294,6 +13548,7 @@ int kvmeta_compact(kvmeta *db)
     return rc;
 }
 
+/* Waits for the step that runs: nothing is idle before it has ended. */
 static bool kv_idle(struct kvmeta *db, uint64_t unused)
 {
     struct kv_plan plan;
@@ -13328,7 +13583,9 @@ int kvmeta_step(kvmeta *db, int *did_work)
     return rc;
 }
 
-/* Every table and every sealed log, byte for byte. Job lock held. */
+/* Every table and every sealed log, byte for byte. Job lock held, so that no
+ * step drops them meanwhile. The live log is left out: it is being written,
+ * and will be read when it is flushed. */
 static int kv_verify_files(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_log_meta logs[KV_MANIFEST_LOGS_MAX];
@@ -13352,6 +13609,12 @@ static int kv_verify_files(struct kvmeta *db, struct kvmeta_error *err)
     return rc;
 }
 
+/*
+ * First memory, in a held version, then the files. The order matters: damage
+ * on disk is healed from memory, so a heal is asked for only if memory has
+ * just been found good. Damage in memory is reported only, and the files stay
+ * as they are.
+ */
 int kvmeta_verify(kvmeta *db, struct kvmeta_error *err)
 {
     struct kvmeta_error own;
@@ -13381,6 +13644,8 @@ int kvmeta_verify(kvmeta *db, struct kvmeta_error *err)
     return rc;
 }
 
+/* What made writing stop comes first: errors of the background after that are
+ * mostly its echo. */
 int kvmeta_last_error(kvmeta *db, struct kvmeta_error *err)
 {
     struct kvmeta_error now;
@@ -13395,8 +13660,13 @@ int kvmeta_last_error(kvmeta *db, struct kvmeta_error *err)
 
 /* ==========================================================================
  * Statistics
+ *
+ * A look at what is counted elsewhere. Figures that one lock guards belong
+ * together; all of them are not one moment's, since no lock stops everything.
+ * Waits for no I/O.
  * ========================================================================== */
 
+/* Of the live log, which the manifest gives no length, what is in the file. */
 static void kv_stats_files(struct kvmeta *db, struct kvmeta_stats *s)
 {
     pthread_mutex_lock(&db->state_lock);
@@ -13438,6 +13708,8 @@ static void kv_stats_counters(struct kvmeta *db, struct kvmeta_stats *s)
         s->space_amplification = (double)s->table_records / (double)s->records;
 }
 
+/* The caller's struct may be an older, shorter one, or a newer one, whose
+ * tail is then left as it was. */
 int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
 {
     struct kv_tree_usage usage;
