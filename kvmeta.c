@@ -9710,6 +9710,9 @@ enum {
     KV_LOG_FRAME_BYTES_MAX = INT32_MAX   /* of the entries of one batch */
 };
 
+_Static_assert(KV_GROUP_BYTES_MAX <= KV_LOG_FRAME_BYTES_MAX,
+               "a group fits in a frame wherever a batch does");
+
 /*
  * One caller's batch, on the caller's stack. The caller fills in the first
  * part, and the leader the second, while the caller waits; once `done` is
@@ -9864,6 +9867,7 @@ static void kv_counter_add(_Atomic uint64_t *counter, uint64_t n)
 {
     uint64_t now = atomic_load_explicit(counter, memory_order_relaxed);
 
+    assert(now + n >= now);
     atomic_store_explicit(counter, now + n, memory_order_relaxed);
 }
 
@@ -9900,6 +9904,7 @@ static void kv_store_fail(struct kvmeta *db, const struct kvmeta_error *err)
         db->failed_error = *err;
         db->failed = err->code;
     }
+    assert(db->failed == db->failed_error.code);
     pthread_cond_broadcast(&db->progress);
     pthread_mutex_unlock(&db->state_lock);
     if (first)
@@ -9910,6 +9915,7 @@ static void kv_store_fail(struct kvmeta *db, const struct kvmeta_error *err)
 static int kv_store_judge(struct kvmeta *db, int rc,
                           const struct kvmeta_error *err)
 {
+    assert(!rc || err->code == rc);
     if (!kv_passing(rc)) kv_store_fail(db, err);
     return rc;
 }
@@ -9925,6 +9931,7 @@ static uint64_t kv_store_new_id(struct kvmeta *db)
     pthread_mutex_lock(&db->state_lock);
     id = db->next_id++;
     pthread_mutex_unlock(&db->state_lock);
+    assert(id > 0);               /* 0 stands for no file, or no log */
     return id;
 }
 
@@ -9932,6 +9939,7 @@ static uint64_t kv_store_new_id(struct kvmeta *db)
  * up to there. */
 static uint64_t kv_log_step_bytes(const struct kvmeta *db)
 {
+    assert(db->options.log_bytes_max >= 16);
     return db->options.log_bytes_max / 16;
 }
 
@@ -9957,9 +9965,12 @@ static int kv_store_mark(struct kvmeta *db, uint64_t gen, uint64_t log_id,
     struct kv_mark mark;
     int rc;
 
+    assert(gen > 0 || log_id > 0);
+    assert(log_id == 0 || durable > 0);
     pthread_mutex_lock(&db->mark_lock);
     mark = db->mark;
     mark.counter++;
+    assert(gen == 0 || gen > mark.gen);
     if (gen) mark.gen = gen;
     if (log_id) {
         mark.log_id = log_id;
@@ -9995,6 +10006,11 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
     bool renamed = false;
     int rc;
 
+    assert(db->lock.open);
+    assert(next->tables);
+    assert(next->logs_count <= KV_MANIFEST_LOGS_MAX);
+    assert(!live || kv_manifest_live(next));
+    assert(!live || kv_manifest_live(next)->id == live->head.id);
     /* Ids that are given out later are for files that a later swap names. */
     pthread_mutex_lock(&db->state_lock);
     next->next_id = db->next_id;
@@ -10008,6 +10024,7 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
         if (renamed || !kv_passing(rc)) kv_store_fail(db, err);
         return rc;
     }
+    assert(renamed);
     pthread_mutex_lock(&db->state_lock);
     old = db->manifest;
     db->manifest = *next;
@@ -10061,6 +10078,9 @@ enum kv_right {
  * who sleeps until it is done or leads. */
 static void kv_queue_push(struct kvmeta *db, struct kv_request *r)
 {
+    assert(!r->done);
+    assert(!r->lead);
+    assert(db->room < 2);
     r->next = NULL;
     r->room = db->room;
     if (db->queue_last)
@@ -10080,6 +10100,7 @@ static struct kv_request *kv_queue_pop(struct kvmeta *db)
     db->queue_first = r->next;
     if (!db->queue_first) db->queue_last = NULL;
     db->queue_count--;
+    assert((db->queue_count > 0) == (db->queue_first != NULL));
     r->next = NULL;
     return r;
 }
@@ -10105,9 +10126,11 @@ static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
             pthread_cond_wait(&db->rooms[r->room], &db->queue_lock);
         lead = r->lead;
         assert(lead != r->done);
+        assert(lead || !r->exclusive);
         if (lead) db->counters.leader_handovers++;
     }
     pthread_mutex_unlock(&db->queue_lock);
+    assert(!lead || db->right == KV_RIGHT_QUEUED);
     return lead;
 }
 
@@ -10128,7 +10151,7 @@ static void kv_right_give(struct kvmeta *db, struct kv_request *group)
                              &db->right, &expected, KV_RIGHT_FREE)))
         return;
     pthread_mutex_lock(&db->queue_lock);
-    assert(db->right != KV_RIGHT_FREE);
+    assert(db->right == KV_RIGHT_QUEUED);
     for (; r; r = r->next) {      /* their memory may be gone after unlock */
         wake[r->room] = true;
         r->done = true;
@@ -10182,6 +10205,7 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
     struct kv_log *log = &db->log;
     int rc = KVMETA_OK;
 
+    assert(log->file.open);
     /* Padded, though it is the last frame: should the swap fail for want of
      * space, the log goes on. */
     if (kv_log_must_write(log, &db->buffer))
@@ -10195,6 +10219,9 @@ static int kv_rotate_end_log(struct kvmeta *db, struct kvmeta_error *err)
         db->durable_seq = kv_tree_now(&db->tree)->seq;
         db->unsynced = false;
     }
+    assert(rc || db->buffer.entries == 0);
+    assert(rc || log->end % log->head.align == 0);
+    assert(rc || log->next_seq == kv_tree_current(&db->tree)->seq + 1);
     return rc;
 }
 
@@ -10216,8 +10243,9 @@ static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
     pthread_mutex_lock(&db->state_lock);
     log = db->prepared;
     memset(&db->prepared, 0, sizeof db->prepared);
-    db->newest_log = log.file.open ? log.head.id : db->next_id++;
-    id = db->newest_log;
+    id = log.file.open ? log.head.id : db->next_id++;
+    assert(id > db->newest_log);
+    db->newest_log = id;
     pthread_mutex_unlock(&db->state_lock);
     if (!log.file.open)
         rc = kv_log_create(&db->env, id, db->options.log_bytes_max, 0, &log,
@@ -10230,6 +10258,8 @@ static int kv_rotate_new_log(struct kvmeta *db, struct kv_log *out,
         (void)kv_file_unlink(&db->env, KV_FILE_LOG, log.head.id, NULL);
         return rc;
     }
+    assert(log.head.id == id);
+    assert(log.end == log.durable);
     *out = log;
     return KVMETA_OK;
 }
@@ -10254,6 +10284,7 @@ static int kv_rotate_manifest(struct kvmeta *db, const struct kv_log *old,
         assert(kv_manifest_live(next));
         l = &next->logs[next->logs_count - 1];
         assert(l->id == old->head.id);
+        assert(old->end >= kv_log_first(old->head.align));
         l->live = false;
         l->bytes = old->end;
         l->last_hcrc = old->prev;
@@ -10264,6 +10295,9 @@ static int kv_rotate_manifest(struct kvmeta *db, const struct kv_log *old,
         kv_manifest_free(&db->env, next);
         return kv_fail(err, KVMETA_E_LIMIT, 0, "too many logs wait");
     }
+    assert(!kv_manifest_live(next));
+    assert(next->logs_count == 0
+           || next->logs[next->logs_count - 1].id < new->head.id);
     l = &next->logs[next->logs_count++];
     memset(l, 0, sizeof *l);
     l->id = new->head.id;
@@ -10325,6 +10359,7 @@ static int kv_rotate(struct kvmeta *db, bool successor,
     bool undone = true;
     int rc = KVMETA_OK;
 
+    assert(!(db->options.flags & KVMETA_READ_ONLY));
     if (!db->log.file.open && !successor) return KVMETA_OK;
     if (db->log.file.open) rc = kv_rotate_end_log(db, err);
     if (!rc && successor) rc = kv_rotate_new_log(db, &new, err);
@@ -10338,6 +10373,8 @@ static int kv_rotate(struct kvmeta *db, bool successor,
     old = db->log;
     db->log = new;
     db->log_end = new.end;        /* 0: none, so nothing to prepare for */
+    assert(db->log.file.open == successor);
+    assert(db->buffer.entries == 0);
     kv_log_buffer_clear(&db->buffer);
     kv_rotate_retire(db, &old);
     if (old.head.id) db->counters.rotations++;
@@ -10386,6 +10423,7 @@ static void kv_step_between(void *arg);
  * does not wait for its end; the rate starts anew, without debts. */
 static void kv_job_init(struct kvmeta *db, struct kv_job *job)
 {
+    assert(db->options.zstd_level != 0);
     memset(job, 0, sizeof *job);
     job->between = kv_step_between;
     job->between_arg = db;
@@ -10400,6 +10438,8 @@ static void kv_job_unlink(struct kvmeta *db, int kind, uint64_t id)
 {
     struct kvmeta_error err;
 
+    assert(kind != KV_FILE_LOCK);
+    assert(kind != KV_FILE_MANIFEST);
     if (kv_file_unlink(&db->env, kind, id, &err))
         kv_log(&db->env, KVMETA_LOG_WARNING, "%s", err.message);
 }
@@ -10416,6 +10456,7 @@ static void kv_job_discard(struct kvmeta *db, struct kv_table *table,
 {
     uint64_t id = table->meta.id;
 
+    assert(table->file.open == (id != 0));
     kv_table_close(&db->env, table);
     if (id && undone) kv_job_unlink(db, KV_FILE_TABLE, id);
 }
@@ -10450,6 +10491,9 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
 
     assert(first <= last);
     assert(last <= count);
+    assert(add == table->file.open);
+    assert(seq >= db->tables_seq);
+    assert(!add || table->meta.seq_last <= seq);
     rc = kv_grow(&db->env, (void **)&db->tables, &db->tables_cap, count + 1,
                  sizeof *db->tables, err);
     /* The new table's name must be on disk before a manifest has it (S2). */
@@ -10457,6 +10501,7 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
     pthread_mutex_lock(&db->swap_lock);
     if (!rc) rc = kv_manifest_copy(&db->env, &db->manifest, &next, err);
     if (!rc) {
+        assert(next.tables_count == count);
         /* The copy has room for one table more. */
         memmove(&next.tables[first + add], &next.tables[last],
                 (count - last) * sizeof *next.tables);
@@ -10493,6 +10538,7 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
     if (add) db->tables[first] = *table;
     memset(table, 0, sizeof *table);
     db->tables_count = count - (last - first) + add;
+    assert(db->tables_count <= db->tables_cap);
     db->tables_seq = seq;
     db->tables_digest = digest;
     for (size_t i = 0; i < gone_count; i++)
@@ -10529,10 +10575,14 @@ static int kv_job_write(struct kv_job *job, uint64_t id,
     }
     if (rc == KV_END) {           /* the source's end is this one's success */
         rc = KVMETA_OK;
+        assert(w.records == 0 || seq_first <= seq_last);
         if (w.records > 0)
             rc = kv_table_writer_finish(&w, seq_first, seq_last, out, err);
     }
     kv_table_writer_abort(&w);    /* a finished one is not undone by it */
+    assert(out->file.open == (out->meta.records > 0));
+    assert(!rc || !out->file.open);
+    assert(!drop || out->meta.tombstones == 0);
     return rc;
 }
 
@@ -10580,6 +10630,7 @@ static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
     meta = db->manifest.logs[0];
     pthread_mutex_unlock(&db->state_lock);
     assert(!meta.live);
+    assert(count < KV_TABLES_MAX);
     /* A sealed log's entry does not change, and only a step drops it. */
     kv_job_init(db, &job);
     rc = kv_flush_load(db, &meta, &run, err);
@@ -10631,6 +10682,7 @@ static int kv_merge_balance(const struct kvmeta *db, size_t first, size_t last,
     struct kvmeta_digest sum = {0, 0};
     bool whole = first == 0 && last == db->tables_count;
 
+    assert(last <= db->tables_count);
     for (size_t i = first; i < last; i++)
         kv_digest_add(&sum, db->tables[i].sum);
     kv_digest_sub(&sum, shadowed);
@@ -10664,6 +10716,8 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
     int rc;
 
     assert(first < last);
+    assert(last <= db->tables_count);
+    assert(!db->compaction_stopped);
     kv_job_init(db, &job);
     rc = kv_inputs_open(&job, db->tables + first, last - first, NULL, 0, NULL,
                         NULL, &in, err);
@@ -10710,6 +10764,7 @@ static int kv_version_source_next(struct kv_source *source,
     if (!there) return KV_END;
     s->base.key = kv_cursor_key(&s->cursor, s->key);
     s->base.value = kv_cursor_value(&s->cursor);
+    assert(s->base.value);        /* NULL would be a tombstone */
     return KVMETA_OK;
 }
 
@@ -10733,6 +10788,7 @@ static int kv_heal_boundary(struct kvmeta *db, struct kv_version **version,
     rc = db->failed ? kv_fail(err, KVMETA_E_FAILED, 0, "writing has stopped")
                     : kv_rotate(db, false, err);
     if (!rc) {
+        assert(!kv_manifest_live(&db->manifest));
         *version = kv_tree_hold(&db->tree);
         *up_to = 0;
         if (db->manifest.logs_count > 0)
@@ -10780,6 +10836,7 @@ static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
                             version->seq, version->digest, err);
     kv_tree_drop(&db->tree, version);
     if (rc) return rc;
+    assert(db->tables_count <= 1);
     db->compaction_stopped = false;
     db->counters.heals++;
     kv_log(&db->env, KVMETA_LOG_WARNING,
@@ -10806,8 +10863,10 @@ static int kv_job_prepare(struct kvmeta *db, struct kvmeta_error *err)
                            db->options.log_bytes_max, fill, &log, err);
 
     if (rc) return rc;
+    assert(log.file.open);
     pthread_mutex_lock(&db->state_lock);
     assert(!db->prepared.file.open);
+    assert(log.head.id != db->newest_log);
     late = log.head.id < db->newest_log;
     if (!late) db->prepared = log;
     pthread_mutex_unlock(&db->state_lock);
@@ -10839,6 +10898,8 @@ static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
     file = db->log.file;
     end = db->log.end;
     pthread_mutex_lock(&db->state_lock);
+    assert(db->log_syncing == 0);
+    assert(!db->log_retired.open);
     db->log_syncing = file.open ? file.id : 0;
     pthread_mutex_unlock(&db->state_lock);
     kv_right_give(db, NULL);
@@ -10847,6 +10908,8 @@ static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
     /* `file` is a copy, and stays open: kv_rotate_retire leaves it to us. */
     rc = kv_file_sync(&db->env, &file, err);
     pthread_mutex_lock(&db->state_lock);
+    assert(db->log_syncing == file.id);
+    assert(!db->log_retired.open || db->log_retired.id == file.id);
     db->log_syncing = 0;
     retired = db->log_retired;
     memset(&db->log_retired, 0, sizeof db->log_retired);
@@ -10905,6 +10968,10 @@ enum kv_step {
     KV_STEP_MARK                  /* LOCK has a mark that is not synced */
 };
 
+_Static_assert(KV_STEP_NONE == 0, "a zeroed plan has no step");
+_Static_assert(KV_STEP_MERGE < KV_STEP_SLAB && KV_STEP_MERGE < KV_STEP_SYNC,
+               "steps on files come first");
+
 struct kv_plan {
     enum kv_step step;
     size_t first;                 /* [first, last): the tables to merge */
@@ -10915,6 +10982,7 @@ struct kv_plan {
  * the last (S9). State lock held. */
 static size_t kv_logs_waiting_locked(const struct kvmeta *db)
 {
+    assert(db->manifest.logs_count <= KV_MANIFEST_LOGS_MAX);
     return db->manifest.logs_count
         - (kv_manifest_live(&db->manifest) ? 1 : 0);
 }
@@ -10938,6 +11006,7 @@ static bool kv_plan_full(const struct kvmeta *db, uint64_t live)
 {
     uint64_t records = 0;
 
+    assert(db->options.space_amp_max > 1);
     if (kv_tables_compact(db)) return false;
     if (db->tables_count >= 8 * (size_t)db->options.merge_window) return true;
     for (size_t i = 0; i < db->tables_count; i++)
@@ -10960,6 +11029,8 @@ static bool kv_plan_full(const struct kvmeta *db, uint64_t live)
  */
 static bool kv_plan_merge(const struct kvmeta *db, struct kv_plan *plan)
 {
+    assert(db->options.merge_ratio >= 1);
+    assert(db->options.merge_window >= 2);
     for (size_t last = db->tables_count; last > 0; last--) {
         uint64_t smallest = UINT64_MAX;
         uint64_t largest = 0;
@@ -11003,6 +11074,7 @@ static enum kv_step kv_plan_ahead(struct kvmeta *db)
     if (end < db->background_synced) db->background_synced = 0;
     if (end < db->options.log_bytes_max / 2) return KV_STEP_NONE;
     if (!prepared) return KV_STEP_PREPARE;
+    assert(end >= db->background_synced);
     if (db->options.durability != KVMETA_DURABLE
         && end >= db->background_synced + kv_log_step_bytes(db))
         return KV_STEP_LOG_SYNC;
@@ -11042,6 +11114,8 @@ static bool kv_plan_crowded(const struct kvmeta *db)
 static enum kv_step kv_plan_compact(const struct kvmeta *db, uint64_t live,
                                     bool full, struct kv_plan *plan)
 {
+    assert(plan->first == 0);
+    assert(plan->last == db->tables_count);
     if (db->compaction_stopped) return KV_STEP_NONE;
     if (full ? !kv_tables_compact(db) : kv_plan_full(db, live))
         return KV_STEP_FULL;
@@ -11087,8 +11161,11 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     if (!plan->step && flush && db->tables_count < KV_TABLES_MAX)
         plan->step = KV_STEP_FLUSH;
     if (!plan->step) plan->step = kv_plan_ahead(db);
+    assert(plan->first <= plan->last);
+    assert(plan->last <= db->tables_count);
+    assert(plan->step != KV_STEP_FLUSH || waiting > 0);
+    assert(plan->step != KV_STEP_FULL || plan->last > 0);
 }
-
 static int kv_commit(struct kvmeta *db, struct kv_request *r);
 
 /* A commit without changes: it shares the sync of those who are committing
@@ -11098,6 +11175,7 @@ static int kv_step_sync(struct kvmeta *db, struct kvmeta_error *err)
     struct kv_request barrier = {.durability = KVMETA_DURABLE};
     int rc = kv_commit(db, &barrier);
 
+    assert(barrier.changes == 0);                /* J3 */
     if (!rc) return KVMETA_OK;
     return kv_fail(err, rc, 0, "interval sync: %s", kvmeta_strerror(rc));
 }
@@ -11116,6 +11194,7 @@ static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
 {
     int rc = KVMETA_OK;
 
+    assert(plan->step != KV_STEP_NONE);
     switch (plan->step) {
     case KV_STEP_HEAL: rc = kv_job_heal(db, err); break;
     case KV_STEP_FLUSH: rc = kv_job_flush(db, err); break;
@@ -11133,6 +11212,8 @@ static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
     }
     if (!rc && plan->step == KV_STEP_FULL) db->counters.full_compactions++;
     if (!rc && plan->step == KV_STEP_MERGE) db->counters.merges++;
+    assert(rc != KV_END);
+    assert(!rc || rc == KV_STOPPED || err->code == rc);
     return rc;
 }
 
@@ -11157,6 +11238,7 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
         && plan->step != KV_STEP_HEAL;
 
     assert(plan->step != KV_STEP_NONE);
+    assert(rc == KVMETA_OK || rc == KV_STOPPED || err->message[0]);
     pthread_mutex_lock(&db->state_lock);
     db->busy = false;
     if (rc == KVMETA_OK) {
@@ -11199,6 +11281,7 @@ static void kv_step_between(void *arg)
     if (db->failed) return;
     if (!plan.step) plan.step = kv_plan_ahead(db);
     if (!plan.step) return;
+    assert(plan.step > KV_STEP_MERGE);
     rc = kv_step_do(db, &plan, &err);
     if (!rc) return;
     pthread_mutex_lock(&db->state_lock);
@@ -11273,6 +11356,7 @@ static void kv_worker_sleep_locked(struct kvmeta *db)
     wait += (uint64_t)until.tv_nsec;
     until.tv_sec += (time_t)(wait / 1000000000);
     until.tv_nsec = (long)(wait % 1000000000);
+    assert(until.tv_nsec >= 0);
     pthread_cond_timedwait(&db->work, &db->state_lock, &until);
 }
 
@@ -11323,6 +11407,7 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
     uint64_t errors = db->counters.background_errors;
     int rc = KVMETA_OK;
 
+    assert(!(db->options.flags & KVMETA_READ_ONLY));
     for (;;) {
         bool did = true;
 
@@ -11351,6 +11436,7 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
             until.tv_nsec += 20000000;           /* `over` has its own locks */
             until.tv_sec += until.tv_nsec / 1000000000;
             until.tv_nsec %= 1000000000;
+            assert(until.tv_nsec >= 0);
             pthread_cond_timedwait(&db->progress, &db->state_lock, &until);
         }
         pthread_mutex_unlock(&db->state_lock);
@@ -11768,6 +11854,9 @@ static int kv_commit_stall(struct kvmeta *db)
  * caller that was compiled with an older header: it gets their defaults. */
 enum { KV_OPTIONS_BYTES_MIN = (int)sizeof(struct kvmeta_options) };
 
+_Static_assert(KV_OPTIONS_BYTES_MIN <= (int)sizeof(struct kvmeta_options),
+               "options are only ever appended");
+
 struct kv_option_range {
     const char *name;
     size_t offset;
@@ -11808,6 +11897,10 @@ static int kv_option_normalize(struct kvmeta_options *o,
     uint32_t narrow;
     uint64_t v;
 
+    assert(range->min <= range->max);
+    assert(range->wide || range->max <= UINT32_MAX);
+    assert(range->otherwise <= range->max);
+    assert(range->otherwise >= range->min || range->otherwise == 0);
     if (range->wide) {
         memcpy(&v, field, sizeof v);
     } else {
@@ -11879,6 +11972,9 @@ static int kv_options_normalize(const struct kvmeta_options *from,
     if (!o->vfs) o->vfs = kvmeta_vfs_posix();
     if (o->vfs->struct_size < sizeof *o->vfs)
         return kv_fail(err, KVMETA_E_INVALID, 0, "option vfs: struct_size");
+    assert(o->durability >= KVMETA_DURABLE);
+    assert(o->durability <= KVMETA_BUFFERED);
+    assert(o->log_align % 8 == 0);      /* frames begin on multiples of 8 */
     return KVMETA_OK;
 }
 
@@ -11919,9 +12015,11 @@ static int kv_listing_add(void *arg, const char *name)
     int kind = kv_file_parse_name(name, &id);
 
     if (!kind) return 0;
+    assert(id < KV_NUMBER_MAX);
     list->rc = kv_grow(list->env, (void **)&list->files, &list->cap,
                        list->count + 1, sizeof *list->files, NULL);
     if (list->rc) return ENOMEM;
+    assert(list->count < list->cap);
     memset(&list->files[list->count], 0, sizeof *list->files);
     list->files[list->count].kind = (uint8_t)kind;
     list->files[list->count++].id = id;
@@ -11942,6 +12040,7 @@ static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
     kv_free(env, list->files);
     memset(list, 0, sizeof *list);
     list->env = env;
+    assert(env->dir >= 0);
     e = env->vfs->dir_list(env->vfs->user, env->dir, kv_listing_add, list);
     /* Of ours or of the vfs, in this order: the latter only passes ours on. */
     if (list->rc) return kv_fail_memory(err, list->cap * sizeof *list->files);
@@ -11982,6 +12081,7 @@ static int kv_check_unlisted_log(struct kv_env *env,
     int reason;
     int rc = kv_run_read_file(env, file, &run, err);
 
+    assert(file->kind == KV_FILE_LOG);
     if (!rc && !kv_log_head_decode(env, file->id, run.bytes, run.size,
                                    &run.head)) {
         /* The first frame is enough: without it there is no chain. */
@@ -11995,6 +12095,13 @@ static int kv_check_unlisted_log(struct kv_env *env,
     kv_run_free(env, &run);
     return rc;
 }
+
+_Static_assert(KV_LOG_UUID_OFF + KV_UUID_BYTES <= KV_TABLE_HEADER_BYTES
+               && KV_TABLE_UUID_OFF + KV_UUID_BYTES <= KV_TABLE_HEADER_BYTES,
+               "the uuid is in what kv_check_foreign reads at least");
+_Static_assert(KV_LOG_HEADER_BYTES <= KV_LOG_ALIGN_MAX
+               && (int)KV_TABLE_HEADER_BYTES <= (int)KV_LOG_ALIGN_MAX,
+               "a header is in what it reads at most");
 
 /*
  * Does the file begin with the header of a log or table of another store? It
@@ -12046,6 +12153,7 @@ static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
     struct kv_file file = {0};
     int rc = kv_file_open(env, which->kind, which->id, 0, &file, err);
 
+    assert(which->kind == KV_FILE_LOG || which->kind == KV_FILE_TABLE);
     if (!rc) rc = kv_check_foreign(env, &file, err);
     if (!rc && which->kind == KV_FILE_LOG && which->id >= m->next_id)
         rc = kv_check_unlisted_log(env, &file, err);
@@ -12153,6 +12261,8 @@ static int kv_parallel(struct kv_recovery *rec, size_t count,
     int rc = KVMETA_OK;
 
     if (count == 0) return KVMETA_OK;
+    assert(threads >= 1);
+    assert(threads <= KV_OPEN_THREADS_MAX);
     tasks = kv_alloc_zeroed(&rec->db->env, bytes);
     if (!tasks) return kv_fail_memory(err, bytes);
     for (size_t i = 0; i < threads; i++) {
@@ -12174,6 +12284,7 @@ static int kv_parallel(struct kv_recovery *rec, size_t count,
         }
     }
     kv_free(&rec->db->env, tasks);
+    assert(rc || next >= count);         /* no index was left out */
     return rc;
 }
 
@@ -12185,6 +12296,8 @@ static int kv_recover_log(struct kv_recovery *rec, size_t i,
     const struct kv_log_meta *meta = &rec->db->manifest.logs[i];
     uint64_t acked = 0;
 
+    assert(i < rec->runs_count);
+    assert(!rec->runs[i].bytes);
     for (unsigned k = 0; k < 2; k++)
         if (rec->marks[k].counter && rec->marks[k].log_id == meta->id)
             acked = kv_max(acked, rec->marks[k].durable);
@@ -12198,6 +12311,8 @@ static int kv_recover_table(struct kv_recovery *rec, size_t i,
 {
     struct kvmeta *db = rec->db;
 
+    assert(i < db->tables_count);
+    assert(!db->tables[i].file.open);
     return kv_table_open(&db->env, &db->manifest.tables[i], &db->tables[i],
                          err);
 }
@@ -12266,6 +12381,7 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
         ? (size_t)kv_min(4 * (uint64_t)db->options.open_threads,
                          records / 65536) : 1;
     rec->ranges = (size_t)kv_max(1, kv_min(rec->ranges, points));
+    assert(rec->ranges == 1 || rec->ranges <= points);
     rec->bounds = kv_alloc(&db->env, rec->ranges * key_bytes);
     rec->loaders = kv_alloc_zeroed(&db->env,
                                    rec->ranges * sizeof *rec->loaders);
@@ -12276,6 +12392,10 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
         const unsigned char *key = table ? kv_table_block_key(table, at)
             : run->bytes + (uint64_t)run->items[at].place * 8 + KV_ENTRY_BYTES;
 
+        assert(at > 0);
+        assert(at < points);
+        assert(i == 1 || memcmp(rec->bounds + (i - 2) * key_bytes, key,
+                                key_bytes) < 0);
         memcpy(rec->bounds + (i - 1) * key_bytes, key, key_bytes);
     }
     for (size_t i = 0; i < rec->ranges; i++)
@@ -12301,6 +12421,8 @@ static int kv_recover_range(struct kv_recovery *rec, size_t i,
                             rec->runs_count, i > 0 ? to - key_bytes : NULL,
                             i + 1 < rec->ranges ? to : NULL, &in, err);
 
+    assert(i < rec->ranges);
+    assert(rec->loaders[i].records == 0);
     while (!rc) {
         const struct kv_item *items = in.merge.items;
 
@@ -12385,6 +12507,8 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
     struct kv_manifest *m = &db->manifest;
     int rc = kv_manifest_read(&db->env, m, &rec->healed, err);
 
+    assert(!db->tables);
+    assert(!rec->runs);
     if (!rc && db->lock.open)
         rc = kv_marks_read(&db->env, &db->lock, rec->marks, err);
     if (!rc) rc = kv_recover_check_files(rec, err);
@@ -12403,6 +12527,7 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
     db->tables_digest = m->digest;
     /* Garbage may have ids that no manifest has noted; see kv_store_new_id. */
     db->next_id = kv_max(m->next_id, rec->list.id_max + 1);
+    assert(db->next_id > 0);
     db->found.open_tables = m->tables_count;
     for (size_t i = 0; i < m->tables_count; i++)
         db->found.open_table_records += m->tables[i].records;
@@ -12440,6 +12565,8 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
     struct kv_job job;
     int rc;
 
+    assert(rec->runs_count > 0);
+    assert(count == db->manifest.tables_count);
     /* There is no live log that a step between blocks could look after. */
     kv_job_init(db, &job);
     job.between = NULL;
@@ -12462,6 +12589,7 @@ static int kv_recover_swap(struct kvmeta *db, struct kvmeta_error *err)
     bool undone;
     int rc;
 
+    assert(!kv_manifest_live(&db->manifest));
     pthread_mutex_lock(&db->swap_lock);
     rc = kv_manifest_copy(&db->env, &db->manifest, &next, err);
     if (!rc) rc = kv_store_swap(db, &next, NULL, &undone, err);
@@ -12475,6 +12603,7 @@ static void kv_recover_clean(struct kv_recovery *rec)
 {
     struct kvmeta *db = rec->db;
 
+    assert(!kv_manifest_live(&db->manifest));
     for (size_t i = 0; i < rec->list.count; i++) {
         const struct kv_file *f = &rec->list.files[i];
         bool ours = false;
@@ -12502,6 +12631,8 @@ static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
     bool live = kv_manifest_live(&db->manifest) != NULL;
     int rc = KVMETA_OK;
 
+    assert(db->lock.open);
+    assert(!(db->options.flags & KVMETA_READ_ONLY));
     /* What has been read may be in the cache only. */
     if (!KV_MUTANT(11)) rc = kv_dir_sync(&db->env, err);
     if (!rc && live)
@@ -12565,6 +12696,8 @@ static void kv_store_free(struct kvmeta *db)
 {
     struct kv_env env = db->env;
 
+    assert(db->memory);
+    assert(db->tables || db->tables_count == 0);
     kv_tree_free(&db->tree);
     for (size_t i = 0; db->tables && i < db->tables_count; i++)
         kv_table_close(&env, &db->tables[i]);
@@ -12597,6 +12730,7 @@ static int kv_store_make_locks(struct kvmeta *db)
 {
     int e = pthread_mutex_init(&db->queue_lock, NULL);
 
+    assert(!db->locks_made);
     if (!e) e = pthread_mutex_init(&db->job_lock, NULL);
     if (!e) e = pthread_mutex_init(&db->swap_lock, NULL);
     if (!e) e = pthread_mutex_init(&db->mark_lock, NULL);
@@ -12635,6 +12769,9 @@ static _Atomic uint32_t *kv_alive_map(const struct kv_env *env)
     return page;
 }
 
+_Static_assert(_Alignof(struct kvmeta) <= KV_CACHE_LINE,
+               "a cache line is aligned enough for a handle");
+
 /*
  * A handle that has its memory and its locks, and an empty tree; no file is
  * open. options: normalized. No allocator need align to a cache line, so a
@@ -12655,6 +12792,7 @@ static int kv_store_new(const struct kvmeta_options *options,
     if (!memory) return kv_fail_memory(err, bytes);
     db = (struct kvmeta *)(void *)(memory
         + (kv_align_up((uintptr_t)memory, KV_CACHE_LINE) - (uintptr_t)memory));
+    assert((uintptr_t)db % KV_CACHE_LINE == 0);
     db->memory = memory;
     db->env = env;
     db->options = *options;
@@ -12668,6 +12806,8 @@ static int kv_store_new(const struct kvmeta_options *options,
         db->options.open_threads = (uint32_t)kv_min(
             KV_OPEN_THREADS_MAX, cores > 0 ? (uint64_t)cores : 1);
     }
+    assert(db->options.open_threads >= 1);
+    assert(db->options.open_threads <= KV_OPEN_THREADS_MAX);
     kv_log_buffer_clear(&db->buffer);
     if (kv_store_make_locks(db))
         rc = kv_fail_memory(err, sizeof(struct kvmeta));
@@ -12691,6 +12831,7 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
     uint32_t must = KVMETA_READ_ONLY | KVMETA_MUST_EXIST;
     int e = vfs->dir_open(vfs->user, path, &db->env.dir);
 
+    assert(e || db->env.dir >= 0);
     if (e == ENOENT && !(db->options.flags & must)) {
         e = vfs->dir_create(vfs->user, path);
         if (!e) e = vfs->dir_open(vfs->user, path, &db->env.dir);
@@ -12714,6 +12855,8 @@ static int kv_open_lock(struct kvmeta *db, bool create,
     int flags = db->options.flags & KVMETA_READ_ONLY ? 0 : KVMETA_VFS_WRITE;
     int rc;
 
+    assert(!db->lock.open);
+    assert(!create || !(db->options.flags & KVMETA_READ_ONLY));
     if (create) flags |= KVMETA_VFS_CREATE;
     rc = kv_file_open(&db->env, KV_FILE_LOCK, 0, flags, &db->lock, err);
     if (rc) return rc;
@@ -12738,6 +12881,7 @@ static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
     uint32_t must = KVMETA_READ_ONLY | KVMETA_MUST_EXIST;
     int rc = KVMETA_OK;
 
+    assert(!rec->list.manifest);
     if (rec->list.data)
         return kv_fail_corrupt(err, &manifest, 0,
                                "missing, but there are logs or tables");
@@ -12772,6 +12916,8 @@ static int kv_open_create(struct kvmeta *db, const char *path,
     const struct kvmeta_vfs *vfs = db->env.vfs;
     int rc = vfs->dir_sync_parent(vfs->user, path);
 
+    assert(db->lock.open);
+    assert(db->manifest.gen == 0);
     if (rc)
         return kv_fail(err, kv_open_code(rc), rc,
                        "sync of the parent directory: error %d", rc);
@@ -12799,6 +12945,7 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
     int rc;
 
     assert(!db->lock.open);
+    assert(db->env.dir >= 0);
     *again = false;
     rc = kv_listing_read(&db->env, &rec->list, err);
     if (!rc && rec->list.lock) rc = kv_open_lock(db, false, err);
@@ -12858,6 +13005,7 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
         kv_store_free(db);
         return rc;
     }
+    assert(db->lock.open || (options->flags & KVMETA_READ_ONLY));
     db->durable_seq = kv_tree_now(&db->tree)->seq;
     db->found.open_ms = (kv_now(db) - start) / 1000000;
     if (db->found.open_torn_bytes)
@@ -12886,7 +13034,8 @@ int kvmeta_open(const char *dir, const struct kvmeta_options *options,
     if (!rc) rc = kv_open_once(dir, &o, db, &again, err);
     if (!rc && again) rc = kv_open_once(dir, &o, db, &again, err);
     if (!rc) memset(err, 0, sizeof *err);
-    assert(rc <= KVMETA_CONFLICT);
+    assert(rc <= KVMETA_NOT_FOUND);
+    assert(err->code == rc);
     return rc;
 }
 
@@ -12902,9 +13051,12 @@ static int kv_close_seal(struct kvmeta *db)
     struct kvmeta_error err = {0};
     int rc;
 
+    assert(db->stopping);
     if (db->failed) return KVMETA_E_FAILED;
     (void)kv_right_take(db, &right);
     rc = kv_rotate(db, false, &err);
+    assert(rc || !kv_manifest_live(&db->manifest));
+    assert(rc || db->buffer.entries == 0);
     kv_right_give(db, NULL);
     if (!rc && db->mark_dirty)
         rc = kv_file_sync(&db->env, &db->lock, &err);
@@ -13015,6 +13167,7 @@ static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
 {
     const unsigned char *found = kv_tree_get(t, v, key);
 
+    assert(key);
     if (!found) return KVMETA_NOT_FOUND;
     if (value) kv_copy(value, found, t->env->shape.value_bytes);
     return KVMETA_OK;
@@ -13083,6 +13236,7 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
 
     if (!db || !fn) return KVMETA_E_INVALID;
     v = kv_tree_hold(&db->tree);
+    assert(kv_delta_count(v) == 0);              /* D4 */
     kv_cursor_init(&db->tree, v, &c);
     there = from ? kv_cursor_seek(&c, from, false) : kv_cursor_first(&c);
     while (there && rc == 0) {
@@ -13110,6 +13264,8 @@ struct kvmeta_digest kvmeta_digest(kvmeta *db)
 /* The store's own durability where the flags say nothing; 0: bad flags. */
 static unsigned kv_durability(const struct kvmeta *db, unsigned flags)
 {
+    assert(db->options.durability >= KVMETA_DURABLE);
+    assert(db->options.durability <= KVMETA_BUFFERED);
     if (flags > KVMETA_BUFFERED) return 0;
     return flags ? flags : db->options.durability;
 }
@@ -13126,6 +13282,8 @@ static int kv_write_one(kvmeta *db, int type, const void *key,
                            .previous = previous};
     int rc;
 
+    assert(type == KVMETA_OP_PUT || type == KVMETA_OP_REMOVE);
+    assert(!previous || type == KVMETA_OP_PUT);
     if (!db || !key) return KVMETA_E_INVALID;
     if (type == KVMETA_OP_PUT && !value && db->env.shape.value_bytes)
         return KVMETA_E_INVALID;
@@ -13195,6 +13353,8 @@ int kvmeta_write(kvmeta *db, const struct kvmeta_op *ops, size_t n,
         r.changes += ops[i].type != KVMETA_OP_EXPECT;
         r.puts += ops[i].type == KVMETA_OP_PUT;
     }
+    assert(r.puts <= r.changes);
+    assert(r.changes <= n);
     r.durability = kv_durability(db, flags);
     if (!r.durability) return KVMETA_E_INVALID;
     rc = kv_commit(db, &r);
@@ -13250,6 +13410,8 @@ static int kv_batch_add(kvmeta_batch *b, int type, const void *key,
         rc = kv_grow(&b->db->env, (void **)&b->bytes, &b->bytes_cap,
                      (b->count + 1) * shape->record_bytes, 1, NULL);
     if (rc) return rc;
+    assert(b->count < b->cap);
+    assert((b->count + 1) * shape->record_bytes <= b->bytes_cap);
     bytes = b->bytes + b->count * shape->record_bytes;
     memcpy(bytes, key, shape->key_bytes);
     assert(type != KVMETA_OP_REMOVE || !value);
@@ -13308,6 +13470,7 @@ int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch, unsigned flags,
 
     if (!db || !batch || batch->db != db) return KVMETA_E_INVALID;
     shape = &db->env.shape;
+    assert(batch->count * shape->record_bytes <= batch->bytes_cap);
     for (size_t i = 0; i < batch->count; i++) {
         unsigned char *bytes = batch->bytes + i * shape->record_bytes;
 
@@ -13333,6 +13496,7 @@ int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
     if (!s) return KVMETA_E_NOMEM;
     s->db = db;
     s->version = kv_tree_hold(&db->tree);
+    assert(kv_delta_count(s->version) == 0);     /* D4 */
     *snapshot = s;
     return KVMETA_OK;
 }
@@ -13503,6 +13667,7 @@ int kvmeta_flush(kvmeta *db)
     if (db->options.flags & KVMETA_READ_ONLY) return KVMETA_E_READONLY;
     (void)kv_right_take(db, &right);
     rc = db->failed ? KVMETA_E_FAILED : kv_rotate(db, false, &err);
+    assert(rc || !db->log.file.open);
     pthread_mutex_lock(&db->state_lock);
     if (!rc && db->manifest.logs_count > 0) {
         id = db->manifest.logs[db->manifest.logs_count - 1].id;
@@ -13598,6 +13763,7 @@ static int kv_verify_files(struct kvmeta *db, struct kvmeta_error *err)
         rc = kv_table_verify(&job, &db->tables[i], err);
     pthread_mutex_lock(&db->state_lock);
     count = kv_logs_waiting_locked(db);
+    assert(count == 0 || !db->manifest.logs[count - 1].live);
     memcpy(logs, db->manifest.logs, count * sizeof *logs);
     pthread_mutex_unlock(&db->state_lock);
     for (size_t i = 0; i < count && !rc; i++) {
@@ -13653,6 +13819,8 @@ int kvmeta_last_error(kvmeta *db, struct kvmeta_error *err)
     if (!db) return KVMETA_E_INVALID;
     pthread_mutex_lock(&db->state_lock);
     now = db->failed ? db->failed_error : db->background_error;
+    assert(!db->failed || db->failed == now.code);
+    assert(now.code == KVMETA_OK || now.message[0]);
     pthread_mutex_unlock(&db->state_lock);
     if (err) *err = now;
     return now.code;
@@ -13679,6 +13847,7 @@ static void kv_stats_files(struct kvmeta *db, struct kvmeta_stats *s)
         s->log_bytes += db->manifest.logs[i].live ? db->log_end
                                                   : db->manifest.logs[i].bytes;
     s->logs_waiting = kv_logs_waiting_locked(db);
+    assert(s->logs_waiting <= db->manifest.logs_count);
     pthread_mutex_unlock(&db->state_lock);
 }
 
@@ -13725,8 +13894,11 @@ int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
     totals = kv_tree_totals(&db->tree);
     s.records = totals.count;
     s.seq = totals.seq;
+    assert(s.durable_seq <= s.seq);
     s.logical_bytes = s.records * db->env.shape.record_bytes;
+    assert(s.logical_bytes / db->env.shape.record_bytes == s.records);
     kv_tree_usage(&db->tree, &usage);
+    assert(usage.pinned_bytes <= usage.resident_bytes);
     s.resident_bytes = usage.resident_bytes;
     s.pinned_bytes = usage.pinned_bytes;
     s.snapshots = usage.snapshots;
@@ -13736,6 +13908,7 @@ int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
     kv_stats_files(db, &s);
     kv_stats_counters(db, &s);
     s.struct_size = bytes;
+    assert(s.snapshots > 0 || s.oldest_snapshot_seq == 0);
     memcpy(stats, &s, (size_t)kv_min(bytes, sizeof s));
     return KVMETA_OK;
 }
