@@ -11872,6 +11872,11 @@ struct kv_option_range {
 #define KV_RANGE64(field, min, max, otherwise) \
     {#field, offsetof(struct kvmeta_options, field), true, min, max, otherwise}
 
+/* All integer fields but the widths, which have no default, and zstd_level,
+ * which is signed. A bound that looks arbitrary may be another section's: the
+ * place of an entry in a log is a 32-bit number of 8 bytes (struct kv_item),
+ * so logs must stay far below 32 GiB, also where the backlog makes them grow;
+ * and the buffer of log frames is allocated with room for one log_align. */
 static const struct kv_option_range kv_option_ranges[] = {
     KV_RANGE32(flags, 0, 7, 0),
     KV_RANGE32(durability, 1, 3, KVMETA_DURABLE),
@@ -11966,6 +11971,7 @@ static int kv_options_normalize(const struct kvmeta_options *from,
                        (int)o->zstd_level);
     if (o->zstd_level == 0) o->zstd_level = 3;
     if (o->space_amp_max == 0) o->space_amp_max = 1.4;
+    /* Said this way, no comparison lets a NaN through. */
     if (!(o->space_amp_max >= 1.05 && o->space_amp_max <= 100))
         return kv_fail(err, KVMETA_E_INVALID, 0,
                        "option space_amp_max: want 1.05..100");
@@ -12177,6 +12183,10 @@ static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
  *                    logs are merged into leaves of the tree, side by side
  *   digest           are these the records that were there? (P2)
  *
+ *   The peak of memory is here: the tree, all logs as they are in their files
+ *   with an item for each entry, and for each thread that merges the buffers
+ *   of one block of every table. What was read is freed before the store runs.
+ *
  *   directory sync   what was read may not be on disk yet
  *   swap             a live log becomes a table, or a damaged copy of the
  *                    manifest is put right; else there is none
@@ -12335,6 +12345,8 @@ static int kv_recover_chain(struct kv_recovery *rec, struct kvmeta_error *err)
             || !kv_digest_equal(run->head.digest, rec->digest))
             return kv_fail_corrupt(err, &file, 72,
                                    "log does not follow what is before it");
+        /* Each frame has been checked to begin with the number that follows;
+         * the digest after it is taken as it is, until P2 is checked. */
         rec->seq += run->batches;
         rec->digest = run->digest;
         db->found.open_logs++;
@@ -12485,6 +12497,7 @@ static int kv_recover_check_files(struct kv_recovery *rec,
                                    "the manifest is stale",
                                    (unsigned long long)db->manifest.gen,
                                    (unsigned long long)rec->marks[i].gen);
+    /* LOCK, MANIFEST and MANIFEST.tmp tell nothing by being there. */
     for (size_t i = 0; i < rec->list.count && !rc; i++) {
         const struct kv_file *f = &rec->list.files[i];
 
@@ -12500,6 +12513,9 @@ static int kv_recover_check_files(struct kv_recovery *rec,
  * and db the manifest and the open tables. After an error db is only good for
  * kv_store_free. Without LOCK (a read-only store may have none) there are no
  * marks, which is lost evidence and no error.
+ *
+ * What is cheap to find is looked for first: a store of other widths, a newer
+ * format, a stale manifest fail before a table is opened.
  */
 static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
 {
@@ -12577,6 +12593,7 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
                           first_seq, rec->seq, &dropped, &table, err);
     kv_inputs_close(&db->env, &in);
     if (rc) return rc;
+    /* The live log has the highest id of all: no log stays. */
     return kv_job_install(db, count, count, &table, up_to, rec->seq,
                           rec->digest, err);
 }
@@ -12633,7 +12650,9 @@ static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
 
     assert(db->lock.open);
     assert(!(db->options.flags & KVMETA_READ_ONLY));
-    /* What has been read may be in the cache only. */
+    /* What has been read may be in the cache only: after a kill between the
+     * rename of a swap and its sync, a power cut would bring back the manifest
+     * before the one that this open goes by. */
     if (!KV_MUTANT(11)) rc = kv_dir_sync(&db->env, err);
     if (!rc && live)
         rc = kv_recover_flush(rec, err);
@@ -12698,6 +12717,7 @@ static void kv_store_free(struct kvmeta *db)
 
     assert(db->memory);
     assert(db->tables || db->tables_count == 0);
+    /* The tree first: it frees by db->env. No file is unlinked here. */
     kv_tree_free(&db->tree);
     for (size_t i = 0; db->tables && i < db->tables_count; i++)
         kv_table_close(&env, &db->tables[i]);
@@ -12882,6 +12902,7 @@ static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
     int rc = KVMETA_OK;
 
     assert(!rec->list.manifest);
+    /* A store was here, or files of one have been put here by hand. */
     if (rec->list.data)
         return kv_fail_corrupt(err, &manifest, 0,
                                "missing, but there are logs or tables");
@@ -12923,7 +12944,9 @@ static int kv_open_create(struct kvmeta *db, const char *path,
                        "sync of the parent directory: error %d", rc);
     rc = kv_random(&db->env, db->env.uuid, KV_UUID_BYTES, err);
     if (rc) return rc;
-    db->next_id = 1;
+    db->next_id = 1;              /* 0 stands for no id */
+    /* OK though the mark has failed is no success here: the handle could not
+     * be written to, and the caller could not tell. */
     rc = kv_recover_swap(db, err);
     if (!rc && db->failed)
         rc = kv_fail(err, db->failed, db->failed_error.sys_errno, "%s",
