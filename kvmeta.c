@@ -12076,7 +12076,8 @@ static bool kv_manifest_names(const struct kv_manifest *m,
  * Does the file, which the manifest does not name, hold a frame? Then it was
  * named by a manifest that is newer than ours: frames are written to a log
  * only after the swap that makes it live (O1). A log without a whole header,
- * or with a header alone, is what a rotation leaves that was cut short.
+ * or with a header alone, is what a rotation leaves that was cut short. So is
+ * one of zeros, which was being prepared.
  */
 static int kv_check_unlisted_log(struct kv_env *env,
                                  const struct kv_file *file,
@@ -12702,6 +12703,16 @@ static void kv_recovery_free(struct kv_recovery *rec)
  *   manifest, no LOCK                       read and checked, then LOCK is
  *                                           made, and all done again under it
  *   manifest and LOCK                       recovered
+ *
+ * What an open or a close leaves that is cut, or fails, after this step:
+ *
+ *   open   directory made, LOCK made        still no store: made by the next
+ *          first swap                       an empty store
+ *          live log written to a table      the log, and garbage
+ *          swap                             clean, with the log as garbage
+ *   close  pending frames written, synced   the live log, with every commit
+ *          swap                             clean: every byte accounted for
+ *          prepared log unlinked            the same, without garbage
  * ========================================================================== */
 
 /*
@@ -12813,6 +12824,7 @@ static int kv_store_new(const struct kvmeta_options *options,
     db = (struct kvmeta *)(void *)(memory
         + (kv_align_up((uintptr_t)memory, KV_CACHE_LINE) - (uintptr_t)memory));
     assert((uintptr_t)db % KV_CACHE_LINE == 0);
+    /* From here on kv_store_free can take it apart. */
     db->memory = memory;
     db->env = env;
     db->options = *options;
@@ -13115,6 +13127,7 @@ int kvmeta_close(kvmeta *db)
     }
     kv_tree_usage(&db->tree, &usage);
     if (usage.snapshots) return KVMETA_E_INVALID;
+    /* From here on the handle goes, whatever fails. */
     db->stopping = true;
     if (db->has_thread) {
         kv_store_wake(db);
