@@ -10493,7 +10493,6 @@ static int kv_job_install(struct kvmeta *db, size_t first, size_t last,
     assert(last <= count);
     assert(add == table->file.open);
     assert(seq >= db->tables_seq);
-    assert(!add || table->meta.seq_last <= seq);
     rc = kv_grow(&db->env, (void **)&db->tables, &db->tables_cap, count + 1,
                  sizeof *db->tables, err);
     /* The new table's name must be on disk before a manifest has it (S2). */
