@@ -9847,7 +9847,6 @@ struct kvmeta {
     bool flush_wanted;              /* of sealed logs without a live one */
     bool full_wanted;               /* a full compaction, however little */
     bool heal_wanted;               /* a damaged file has been met */
-    bool busy;                      /* a step runs */
     uint64_t dirty_since_ns;        /* see mark_dirty; the vfs's clock, here */
     uint64_t unsynced_since_ns;     /* and below */
     uint64_t retry_ns;              /* the worker tries again then, unless it
@@ -10375,7 +10374,7 @@ static int kv_rotate(struct kvmeta *db, bool successor,
     db->log_end = new.end;        /* 0: none, so nothing to prepare for */
     assert(db->log.file.open == successor);
     assert(db->buffer.entries == 0);
-    kv_log_buffer_clear(&db->buffer);
+    assert(db->buffer.used == KV_FRAME_BYTES);
     kv_rotate_retire(db, &old);
     if (old.head.id) db->counters.rotations++;
     kv_store_wake(db);
@@ -10745,7 +10744,6 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
  * what comes out. */
 struct kv_version_source {
     struct kv_source base;
-    const struct kv_shape *shape;
     struct kv_cursor cursor;
     unsigned char key[KV_CURSOR_KEY_BYTES];   /* what base.key points to */
     bool started;                 /* the cursor stands on a record */
@@ -10809,7 +10807,7 @@ static int kv_heal_boundary(struct kvmeta *db, struct kv_version **version,
  */
 static int kv_job_heal(struct kvmeta *db, struct kvmeta_error *err)
 {
-    struct kv_version_source source = {.shape = &db->env.shape};
+    struct kv_version_source source = {0};
     struct kv_version *version = NULL;
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
@@ -11239,7 +11237,6 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
     assert(plan->step != KV_STEP_NONE);
     assert(rc == KVMETA_OK || rc == KV_STOPPED || err->message[0]);
     pthread_mutex_lock(&db->state_lock);
-    db->busy = false;
     if (rc == KVMETA_OK) {
         db->retry_ns = 0;
         if (plan->step <= KV_STEP_MERGE && !db->compaction_stopped)
@@ -11306,9 +11303,6 @@ static int kv_step_once(struct kvmeta *db, bool *did)
         pthread_mutex_unlock(&db->job_lock);
         return KVMETA_OK;
     }
-    pthread_mutex_lock(&db->state_lock);
-    db->busy = true;
-    pthread_mutex_unlock(&db->state_lock);
     KV_SCHED_POINT("step");
     rc = kv_step_do(db, &plan, &err);
     kv_step_report(db, &plan, rc, &err);
