@@ -9695,11 +9695,11 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
  *
  * A handle is writable until something fails on the log, the manifest or LOCK
  * whose outcome on disk is not known: a sync, a write other than for want of
- * space, a rename. From then on (`failed`) no commit, no step and no swap
- * begins; reads go on. Nothing is tried again: a system that has reported a
- * failed sync once may report the next one of the same file as a success,
- * though the bytes are lost. What is certain not to have happened (kv_passing)
- * fails one call only; so does a table, which is written anew in a new file.
+ * space, a rename. From then on (`failed`) no commit and no step begins; reads
+ * go on. Nothing is tried again: a system that has reported a failed sync once
+ * may report the next one of the same file as a success, though the bytes are
+ * lost. What is certain not to have happened (kv_passing) fails one call only;
+ * so does a table, which is written anew in a new file.
  * ========================================================================== */
 
 enum {
@@ -13202,6 +13202,8 @@ static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
     return KVMETA_OK;
 }
 
+/* The value is copied while the version is pinned: after that its node may be
+ * freed, or changed in place. */
 int kvmeta_get(kvmeta *db, const void *key, void *value)
 {
     const struct kv_version *v;
@@ -13229,6 +13231,8 @@ int kvmeta_has(kvmeta *db, const void *key)
     return rc;
 }
 
+/* Up to KV_BATCH keys are one round of searches side by side, short enough
+ * for a pin; more need a hold, which also settles the delta. */
 int kvmeta_get_many(kvmeta *db, const void *keys, size_t n, void *values,
                     unsigned char *found)
 {
@@ -13330,6 +13334,8 @@ int kvmeta_put(kvmeta *db, const void *key, const void *value, unsigned flags)
     return kv_write_one(db, KVMETA_OP_PUT, key, value, NULL, flags, &found);
 }
 
+/* A remove of what is not there is a commit without an effect: it writes no
+ * log entry and has no number of its own, but a durable one still syncs. */
 int kvmeta_remove(kvmeta *db, const void *key, unsigned flags)
 {
     bool found = false;
@@ -13406,6 +13412,8 @@ struct kvmeta_batch {
     size_t bytes_cap;
 };
 
+/* Holds a pointer to the handle, for its allocator and widths. Memory comes
+ * with the first operation, and stays until the batch is freed. */
 int kvmeta_batch_new(kvmeta *db, kvmeta_batch **batch)
 {
     kvmeta_batch *b;
@@ -13516,6 +13524,7 @@ struct kvmeta_snapshot {
     struct kv_version *version;
 };
 
+/* Memory first: a version that is held must be dropped again. */
 int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
 {
     kvmeta_snapshot *s;
@@ -13530,6 +13539,8 @@ int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
     return KVMETA_OK;
 }
 
+/* Frees what only this snapshot kept alive, in parts, so that the writer never
+ * waits long for the tree lock meanwhile. */
 void kvmeta_snapshot_release(kvmeta_snapshot *snapshot)
 {
     if (!snapshot) return;
@@ -13638,6 +13649,8 @@ int kvmeta_cursor_prev(kvmeta_cursor *cursor)
     return kv_cursor_prev(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
 }
 
+/* A leaf has no whole keys, only heads and tails: the key is put together in
+ * the cursor's own buffer. The value is a pointer into the leaf. */
 const void *kvmeta_cursor_key(const kvmeta_cursor *cursor)
 {
     if (!cursor || cursor->at.n == 0) return NULL;
@@ -13670,7 +13683,9 @@ static bool kv_flushed(struct kvmeta *db, uint64_t id)
     return flushed;
 }
 
-/* Waits for the step that runs: what it has swapped out is unlinked then. */
+/* Waits for the step that runs: what it has swapped out is unlinked then. A
+ * wait that looks at the manifest may be over before that, and its caller may
+ * look at the directory next, or measure it. */
 static void kv_step_fence(struct kvmeta *db)
 {
     pthread_mutex_lock(&db->job_lock);
@@ -13754,6 +13769,7 @@ static bool kv_idle(struct kvmeta *db, uint64_t unused)
     return plan.step == KV_STEP_NONE;
 }
 
+/* Idle at one moment; writers may have brought up more work by now. */
 int kvmeta_wait_idle(kvmeta *db)
 {
     if (!db) return KVMETA_E_INVALID;
@@ -13762,6 +13778,7 @@ int kvmeta_wait_idle(kvmeta *db)
     return kv_wait(db, kv_idle, 0);
 }
 
+/* A second thread that calls this only waits for the first (J1). */
 int kvmeta_step(kvmeta *db, int *did_work)
 {
     bool did = false;
@@ -13823,6 +13840,7 @@ int kvmeta_verify(kvmeta *db, struct kvmeta_error *err)
     if (kv_forked(db))
         return kv_fail(err, KVMETA_E_FORKED, 0, "forked child");
     v = kv_tree_hold(&db->tree);
+    /* No rule broken, and the sum of what is there is the digest. */
     rule = kv_tree_check(&db->tree, v);
     kv_tree_drop(&db->tree, v);
     if (rule)
@@ -13880,6 +13898,7 @@ static void kv_stats_files(struct kvmeta *db, struct kvmeta_stats *s)
     pthread_mutex_unlock(&db->state_lock);
 }
 
+/* Quotients of 0 stay 0: no change was made yet, or no record is there. */
 static void kv_stats_counters(struct kvmeta *db, struct kvmeta_stats *s)
 {
     s->user_bytes = db->counters.user_bytes;
