@@ -9690,16 +9690,17 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
  * held over I/O or log_fn.
  *
  * Job lock, commit right, swap lock and mark lock are held over I/O, each for
- * the one thing that it orders: steps, commits, manifests, marks. Readers take
- * none of them, nor the state lock, which is why a get never waits for a disk.
+ * the one thing that it orders: steps, commits, manifests, marks. Readers
+ * take none of them, nor the state lock, which is why a get never waits for a
+ * disk.
  *
  * A handle is writable until something fails on the log, the manifest or LOCK
  * whose outcome on disk is not known: a sync, a write other than for want of
- * space, a rename. From then on (`failed`) no commit and no step begins; reads
- * go on. Nothing is tried again: a system that has reported a failed sync once
- * may report the next one of the same file as a success, though the bytes are
- * lost. What is certain not to have happened (kv_passing) fails one call only;
- * so does a table, which is written anew in a new file.
+ * space, a rename. From then on (`failed`) no commit and no step begins;
+ * reads go on. Nothing is tried again: a system that has reported a failed
+ * sync once may report the next one of the same file as a success, though the
+ * bytes are lost. What is certain not to have happened (kv_passing) fails one
+ * call only; so does a table, which is written anew in a new file.
  * ========================================================================== */
 
 enum {
@@ -9952,8 +9953,8 @@ static void kv_store_wake(struct kvmeta *db)
 
 /*
  * Writes a mark, without a sync. gen 0, log_id 0: what the last one said of
- * the manifest, or of the log, stays as it is. `durable` must have been synced
- * and `gen` be on disk before: a mark is evidence against other files.
+ * the manifest, or of the log, stays as it is. `durable` must have been
+ * synced and `gen` be on disk before: a mark is evidence against other files.
  *
  * A full disk is no error: what is lost is evidence, without which a store
  * opens all the same.
@@ -10060,9 +10061,9 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
  * QUEUED: the first to give it will look at the queue once for nothing. While
  * somebody waits the right is never FREE, so nobody overtakes the queue.
  *
- * Sleepers wait in one of two rooms. A leader that has emptied the queue sends
- * later comers to the other room, so that one broadcast wakes its group and
- * hardly anybody else.
+ * Sleepers wait in one of two rooms. A leader that has emptied the queue
+ * sends later comers to the other room, so that one broadcast wakes its group
+ * and hardly anybody else.
  *
  * (C1) Whoever has the right gives it on exactly once.
  * ========================================================================== */
@@ -10135,10 +10136,10 @@ static bool kv_right_take(struct kvmeta *db, struct kv_request *r)
 
 /*
  * Ends the requests of a group, whose first one is the caller's own, and
- * hands the right on. NULL: there is no group; the caller wanted the right for
- * itself. `done` and `lead` are set under the lock that their owners look at
- * them with, so no wake-up is lost though the broadcasts come after it: there
- * those who wake need not wait for this thread again.
+ * hands the right on. NULL: there is no group; the caller wanted the right
+ * for itself. `done` and `lead` are set under the lock that their owners look
+ * at them with, so no wake-up is lost though the broadcasts come after it:
+ * there those who wake need not wait for this thread again.
  */
 static void kv_right_give(struct kvmeta *db, struct kv_request *group)
 {
@@ -10610,7 +10611,8 @@ static int kv_flush_load(struct kvmeta *db, const struct kv_log_meta *meta,
  *
  * The first table is everything that there is, and must have the log's digest
  * as its own sum. Later ones hold changes, whose effect on the digest depends
- * on the tables below; merges (kv_merge_balance) and the next open check that.
+ * on the tables below; merges (kv_merge_balance) and the next open check
+ * that.
  */
 static int kv_job_flush(struct kvmeta *db, struct kvmeta_error *err)
 {
@@ -11120,9 +11122,9 @@ static enum kv_step kv_plan_compact(const struct kvmeta *db, uint64_t live,
 }
 
 /*
- * What is to be done next. Job lock held. What is read of the state may change
- * before the step begins, but not so that it finds its tables or its log
- * gone, since only steps drop those.
+ * What is to be done next. Job lock held. What is read of the state may
+ * change before the step begins, but not so that it finds its tables or its
+ * log gone, since only steps drop those.
  *
  * A sealed log is flushed once there is a live one: a store that is only
  * opened and closed stays as it is. A store that has failed has no work: no
@@ -11219,10 +11221,10 @@ static int kv_step_do(struct kvmeta *db, const struct kv_plan *plan,
  *
  * Damage that a step has met is answered by a heal at once, without the pause
  * that other errors get. A heal that meets damage itself is tried again after
- * the pause. Once a merge did not balance nothing is healed by itself: no file
- * is to blame for that, and somebody should look at it (kvmeta_verify may
- * still ask for a heal). Its error stays; any other goes when the next step
- * on files succeeds. KV_STOPPED is no error: the store is closing.
+ * the pause. Once a merge did not balance nothing is healed by itself: no
+ * file is to blame for that, and somebody should look at it (kvmeta_verify
+ * may still ask for a heal). Its error stays; any other goes when the next
+ * step on files succeeds. KV_STOPPED is no error: the store is closing.
  *
  * What was waited for is taken back here and not where the step is done, so
  * that it is one change under the state lock: a waiter sees the flag, the
@@ -11355,11 +11357,11 @@ static void kv_worker_sleep_locked(struct kvmeta *db)
 
 /*
  * The worker: the only thread that the library starts, but for the loaders of
- * an open. Goes on as long as there is work, and sleeps when there is none, or
- * after an error; not after damage, whose heal is to come at once (the report
- * then leaves no time to retry at). A close sets `stopping` and then signals
- * under the state lock; it is looked at under that lock before a sleep, so
- * this signal is never lost.
+ * an open. Goes on as long as there is work, and sleeps when there is none,
+ * or after an error; not after damage, whose heal is to come at once (the
+ * report then leaves no time to retry at). A close sets `stopping` and then
+ * signals under the state lock; it is looked at under that lock before a
+ * sleep, so this signal is never lost.
  */
 static void *kv_worker_main(void *arg)
 {
@@ -11838,8 +11840,8 @@ static int kv_commit_stall(struct kvmeta *db)
  *
  * From what the caller has set to what the rest of the code may rely on: each
  * value in its range, each default filled in. Only open_threads may still be
- * 0, until kv_store_new has counted the cores. The ranges stand in kvmeta.h as
- * well, as a promise: they may become wider, never narrower.
+ * 0, until kv_store_new has counted the cores. The ranges stand in kvmeta.h
+ * as well, as a promise: they may become wider, never narrower.
  * ========================================================================== */
 
 /* Size of the options of the first release; later ones only append. Fields
@@ -11992,7 +11994,9 @@ static int kv_options_normalize(const struct kvmeta_options *from,
  *   MANIFEST.tmp, anything else        a crash: garbage
  * ========================================================================== */
 
-/* Files of ours that are there. To be freed after an error, too. */
+/* Files of ours that are there. To be freed after an error, too. A name is
+ * all that is known of a file until it is opened: it may be a link or a
+ * directory (KVMETA_E_CORRUPT then), or have been made by somebody else. */
 struct kv_listing {
     struct kv_env *env;
     struct kv_file *files;        /* kind and id only; none is open */
@@ -12041,7 +12045,7 @@ static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
     list->env = env;
     assert(env->dir >= 0);
     e = env->vfs->dir_list(env->vfs->user, env->dir, kv_listing_add, list);
-    /* Of ours or of the vfs, in this order: the latter only passes ours on. */
+    /* Ours before that of the vfs, which only passes ours on. */
     if (list->rc) return kv_fail_memory(err, list->cap * sizeof *list->files);
     if (e)
         return kv_fail(err, kv_open_code(e), e,
@@ -12050,7 +12054,8 @@ static int kv_listing_read(struct kv_env *env, struct kv_listing *list,
 }
 
 /* Is the file part of the store? LOCK and MANIFEST always are; a manifest
- * that was being written (MANIFEST.tmp) never is. */
+ * that was being written (MANIFEST.tmp) never is. Ids of logs and tables are
+ * from one row of numbers, but it is kind and id that count. */
 static bool kv_manifest_names(const struct kv_manifest *m,
                               const struct kv_file *f)
 {
@@ -12106,8 +12111,10 @@ _Static_assert(KV_LOG_HEADER_BYTES <= KV_LOG_ALIGN_MAX
 /*
  * Does the file begin with the header of a log or table of another store? It
  * must be whole: a file that a crash has torn proves nothing. Its sum is
- * checked with the uuid that it holds itself. Deleting it would take away what
- * is not ours.
+ * checked with the uuid that it holds itself, and with our widths: a header
+ * of other widths is not recognised, and its file is garbage like any other.
+ * Only the header is read, however large the file is. An error of reading is
+ * an error of the open: what cannot be looked at must not be deleted.
  */
 static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
                             struct kvmeta_error *err)
@@ -12170,8 +12177,8 @@ static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
  *
  *   manifest         which tables and logs there are
  *   marks, names     is the manifest the last one?
- *   tables, logs     opened side by side; logs are read and sorted as a whole,
- *                    tables but for their blocks
+ *   tables, logs     opened side by side; a log is read and sorted as a
+ *                    whole, a table but for its blocks
  *   chain            does each log begin where the one before has ended?
  *   ranges           the keys are cut into ranges; for each, all tables and
  *                    logs are merged into leaves of the tree, side by side
@@ -12179,7 +12186,8 @@ static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
  *
  *   The peak of memory is here: the tree, all logs as they are in their files
  *   with an item for each entry, and for each thread that merges the buffers
- *   of one block of every table. What was read is freed before the store runs.
+ *   of one block of every table. Logs and buffers are freed before the store
+ *   runs.
  *
  *   directory sync   what was read may not be on disk yet
  *   swap             a live log becomes a table, or a damaged copy of the
@@ -12197,8 +12205,8 @@ static int kv_check_unlisted(struct kv_env *env, const struct kv_manifest *m,
  * before there is a live one.
  *
  * (P1) What is recovered is exactly the state after the last frame accepted.
- * (P2) Its digest, computed anew, is the one that this frame (or the manifest)
- *      holds.
+ * (P2) Its digest, computed anew, is the one that this frame (or the
+ *      manifest) holds.
  * ========================================================================== */
 
 /* Work of one open; freed at its end, whatever has been filled in. */
@@ -12236,6 +12244,7 @@ static void *kv_task_main(void *arg)
     struct kv_task *task = arg;
 
     while (!task->rc) {
+        /* Whoever is done first takes the next: tasks need not be alike. */
         size_t i = (*task->next)++;
 
         if (i >= task->count) break;
@@ -12445,11 +12454,13 @@ static int kv_recover_range(struct kv_recovery *rec, size_t i,
 }
 
 /*
- * P2: the records are the ones that were there when the last commit was. By
- * now every sum over bytes was right; what this still finds is a file that is
- * whole and wrong, or a mistake in merging. Which one cannot be told, so the
- * message names the place of the digest that was expected: the manifest's, or
- * the end of the last log.
+ * P2: the records are the ones that were there when the last commit was.
+ * Every frame holds the digest that the writer's tree had; here it comes out
+ * of the records themselves, by another way through tables, logs and merges.
+ * By now every sum over bytes was right; what this still finds is a file that
+ * is whole and wrong, or a mistake in merging. Which one cannot be told, so
+ * the message names the place of the digest that was expected: the
+ * manifest's, or the end of the last log.
  */
 static int kv_recover_digest(struct kv_recovery *rec, struct kvmeta_error *err)
 {
@@ -12482,7 +12493,7 @@ static int kv_recover_check_files(struct kv_recovery *rec,
     struct kv_file manifest = {.kind = KV_FILE_MANIFEST};
     int rc = KVMETA_OK;
 
-    /* A mark is written after its swap, so it never runs ahead of the disk. */
+    /* A mark is written after its swap, and never runs ahead of the disk. */
     for (unsigned i = 0; i < 2; i++)
         if (rec->marks[i].counter && rec->marks[i].gen > db->manifest.gen
             && !KV_MUTANT(18))
@@ -12503,10 +12514,10 @@ static int kv_recover_check_files(struct kv_recovery *rec,
 }
 
 /*
- * Reads and checks everything; writes nothing. OK: the tree holds the records,
- * and db the manifest and the open tables. After an error db is only good for
- * kv_store_free. Without LOCK (a read-only store may have none) there are no
- * marks, which is lost evidence and no error.
+ * Reads and checks everything; writes nothing. OK: the tree holds the
+ * records, and db the manifest and the open tables. After an error db is only
+ * good for kv_store_free. Without LOCK (a read-only store may have none)
+ * there are no marks, which is lost evidence and no error.
  *
  * What is cheap to find is looked for first: a store of other widths, a newer
  * format, a stale manifest fail before a table is opened.
@@ -12535,7 +12546,7 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
     db->tables_count = m->tables_count;
     db->tables_seq = m->seq;
     db->tables_digest = m->digest;
-    /* Garbage may have ids that no manifest has noted; see kv_store_new_id. */
+    /* Garbage may have ids that no manifest notes; see kv_store_new_id. */
     db->next_id = kv_max(m->next_id, rec->list.id_max + 1);
     assert(db->next_id > 0);
     db->found.open_tables = m->tables_count;
@@ -12560,8 +12571,8 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
  * The newest log was live: what it holds goes into a table, with all logs
  * before it, for one table holds them as well as many. The log is never
  * appended to, and never trusted to be on disk. If no log has a batch there
- * is no table, and the swap only drops the logs. The records have been through
- * P2 already; the table holds changes, and has no digest of its own.
+ * is no table, and the swap only drops the logs. The records have been
+ * through P2 already; the table holds changes, and has no digest of its own.
  */
 static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
 {
@@ -12593,7 +12604,9 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
 }
 
 /* An empty swap: puts a damaged copy of the manifest right, and makes a new
- * store. A new image replaces both copies, with the next generation. */
+ * store. A new image replaces both copies, with the next generation. Takes
+ * the swap lock, which nobody else can want yet, as kv_store_swap asks for
+ * it. OK does not say that the mark was written: see db->failed. */
 static int kv_recover_swap(struct kvmeta *db, struct kvmeta_error *err)
 {
     struct kv_manifest next;
@@ -12645,8 +12658,8 @@ static int kv_recover_write(struct kv_recovery *rec, struct kvmeta_error *err)
     assert(db->lock.open);
     assert(!(db->options.flags & KVMETA_READ_ONLY));
     /* What has been read may be in the cache only: after a kill between the
-     * rename of a swap and its sync, a power cut would bring back the manifest
-     * before the one that this open goes by. */
+     * rename of a swap and its sync, a power cut would bring back the
+     * manifest before the one that this open goes by. */
     if (!KV_MUTANT(11)) rc = kv_dir_sync(&db->env, err);
     if (!rc && live)
         rc = kv_recover_flush(rec, err);
@@ -12691,7 +12704,7 @@ static void kv_recovery_free(struct kv_recovery *rec)
  * A directory is in one of these states. What is refused is left as it is.
  *
  *   missing or empty                        a store is made
- *   LOCK without a mark                     the same: making one was cut short
+ *   LOCK without a mark                     the same: making one was cut
  *   no manifest, but logs, tables or marks  corrupt: the manifest is lost
  *   manifest, no LOCK                       read and checked, then LOCK is
  *                                           made, and all done again under it
@@ -12769,8 +12782,9 @@ static int kv_store_make_locks(struct kvmeta *db)
 
 /*
  * A page that a fork empties: 1 here, 0 in a child (MADV_WIPEONFORK, Linux
- * 4.14). NULL where the system has no such thing, where all memory is to come
- * from realloc_fn, or where the vfs has its own idea of a process.
+ * 4.14). It needs no handler that a host would have to know of. NULL where
+ * the system has no such thing, where all memory is to come from realloc_fn,
+ * or where the vfs has its own idea of a process.
  */
 static _Atomic uint32_t *kv_alive_map(const struct kv_env *env)
 {
@@ -12846,9 +12860,11 @@ static int kv_store_new(const struct kvmeta_options *options,
     return KVMETA_OK;
 }
 
-/* Opens the directory; creates it where it is missing and may be. Its entry in
- * its parent is synced later (kv_open_create), by whichever open makes the
- * store: the one that made the directory may have come to nothing. */
+/* Opens the directory, which everything else is relative to: it may be moved
+ * while the store is open. Creates it where it is missing and may be. Its
+ * entry in its parent is synced later (kv_open_create), by whichever open
+ * makes the store: the one that made the directory may have come to nothing.
+ */
 static int kv_open_dir(struct kvmeta *db, const char *path,
                        struct kvmeta_error *err)
 {
@@ -12857,6 +12873,7 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
     int e = vfs->dir_open(vfs->user, path, &db->env.dir);
 
     assert(e || db->env.dir >= 0);
+    /* Its parents must be there: a wrong path makes no directories. */
     if (e == ENOENT && !(db->options.flags & must)) {
         e = vfs->dir_create(vfs->user, path);
         if (!e) e = vfs->dir_open(vfs->user, path, &db->env.dir);
@@ -12870,9 +12887,10 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
                    "directory: error %d", e);
 }
 
-/* Opens LOCK and locks it; does not wait. A read-only handle locks it as well,
- * against writers and, since there is one kind of lock only, against others
- * like it. After an error db->lock may be open; kv_store_free closes it. */
+/* Opens LOCK and locks it; does not wait. A read-only handle locks it as
+ * well, against writers and, since there is one kind of lock only, against
+ * others like it. After an error db->lock may be open; kv_store_free closes
+ * it. */
 static int kv_open_lock(struct kvmeta *db, bool create,
                         struct kvmeta_error *err)
 {
@@ -12893,11 +12911,12 @@ static int kv_open_lock(struct kvmeta *db, bool create,
 }
 
 /*
- * A directory without a manifest: is a store to be made of it? Only if nothing
- * says that there has been one. Marks are first written after the first swap,
- * so LOCK without a mark is what an open leaves that was cut before it. The
- * uuid is not known without the manifest, and any mark counts. Changes
- * nothing, and needs no lock: whoever makes a store has LOCK and looks again.
+ * A directory without a manifest: is a store to be made of it? Only if
+ * nothing says that there has been one. Marks are first written after the
+ * first swap, so LOCK without a mark is what an open leaves that was cut
+ * before it. The uuid is not known without the manifest, and any mark counts.
+ * Changes nothing, and needs no lock: whoever makes a store has LOCK and
+ * looks again.
  */
 static int kv_open_absent(struct kvmeta *db, struct kv_recovery *rec,
                           struct kvmeta_error *err)
@@ -12962,8 +12981,8 @@ static int kv_open_create(struct kvmeta *db, const char *path,
 /*
  * Everything from the listing to the recovered store. Where LOCK is missing
  * it is made last, once all else has been checked: a store that is found
- * damaged is left as it was. *again: LOCK was made, check anew under it, since
- * what was read without it may have been changed by another process.
+ * damaged is left as it was. *again: LOCK was made, check anew under it,
+ * since what was read without it may have been changed by another process.
  */
 static int kv_open_recover(struct kvmeta *db, const char *path,
                            struct kv_recovery *rec, bool *again,
@@ -13000,7 +13019,8 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
 }
 
 /*
- * One try of an open. With *again there is no handle, though rc is OK: all
+ * One try of an open: makes the handle, and frees it on every way that does
+ * not end in *out. With *again there is no handle, though rc is OK: all
  * that this one read is thrown away. The thread is started once nothing else
  * can fail: until then no lock is needed for what it looks at.
  */
@@ -13044,8 +13064,10 @@ static int kv_open_once(const char *path, const struct kvmeta_options *options,
     return KVMETA_OK;
 }
 
-/* A second try finds the LOCK that the first has made. A success clears *err,
- * where a try may have left the text of something that was not fatal. */
+/* A second try finds the LOCK that the first has made. err is never NULL
+ * below here. A success clears it, since a try may have left the text of
+ * something that was not fatal; *db is set in the last step of a try, and
+ * only there. */
 int kvmeta_open(const char *dir, const struct kvmeta_options *options,
                 kvmeta **db, struct kvmeta_error *err)
 {
@@ -13098,8 +13120,8 @@ static int kv_close_seal(struct kvmeta *db)
  * the only one. A prepared log that was never begun is no part of the store
  * and is unlinked; a crash would leave it to the next open.
  *
- * In a forked child no lock may be touched, not even to ask for snapshots: its
- * holder is a thread of the parent, and does not exist here. Closing the
+ * In a forked child no lock may be touched, not even to ask for snapshots:
+ * its holder is a thread of the parent, and does not exist here. Closing the
  * child's copy of LOCK does not unlock it, for the lock belongs to the open
  * file that both share, and lasts until the parent's descriptor is closed,
  * too. Nothing is written.
@@ -13118,6 +13140,8 @@ int kvmeta_close(kvmeta *db)
         kv_store_free(db);
         return KVMETA_E_FORKED;
     }
+    /* Snapshots and cursors point into the tree. A cursor has no count of its
+     * own; its snapshot must outlive it. */
     kv_tree_usage(&db->tree, &usage);
     if (usage.snapshots) return KVMETA_E_INVALID;
     /* From here on the handle goes, whatever fails. */
@@ -13142,11 +13166,11 @@ int kvmeta_close(kvmeta *db)
  * Thin: check the arguments, call, return. kvmeta.h says what they promise;
  * here stands what it takes to keep that.
  *
- * A read pins a version (kv_tree_pin) or holds one (kv_tree_hold). A pin costs
- * a few atomics, but while it lasts the writer cannot work in place, so no
- * callback and nothing long may run under one; a hold takes the delta lock,
- * and costs what is changed meanwhile. Both leave the state as it is, so what
- * is read belongs together.
+ * A read pins a version (kv_tree_pin) or holds one (kv_tree_hold). A pin
+ * costs a few atomics, but while it lasts the writer cannot work in place, so
+ * no callback and nothing long may run under one; a hold takes the delta
+ * lock, and costs what is changed meanwhile. Both leave the state as it is,
+ * so what is read belongs together.
  *
  * Writes become a kv_request on the stack, which kv_commit takes to its end;
  * it is also where a forked child and a read-only store are turned down.
@@ -13539,8 +13563,8 @@ int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
     return KVMETA_OK;
 }
 
-/* Frees what only this snapshot kept alive, in parts, so that the writer never
- * waits long for the tree lock meanwhile. */
+/* Frees what only this snapshot kept alive, in parts, so that the writer
+ * never waits long for the tree lock meanwhile. */
 void kvmeta_snapshot_release(kvmeta_snapshot *snapshot)
 {
     if (!snapshot) return;
@@ -13695,8 +13719,8 @@ static void kv_step_fence(struct kvmeta *db)
 /*
  * The rotation and the flag are one thing under the right: no other log can
  * be sealed in between, so `id` is the last that this call is about. Later
- * commits go to later logs, and it does not wait for those. The flag makes the
- * background flush though no log is live (kv_plan_make); it goes with the
+ * commits go to later logs, and it does not wait for those. The flag makes
+ * the background flush though no log is live (kv_plan_make); it goes with the
  * last sealed log.
  */
 int kvmeta_flush(kvmeta *db)
@@ -13724,9 +13748,10 @@ int kvmeta_flush(kvmeta *db)
     return rc;
 }
 
-/* Full compactions may also find nothing to do. Looks at the manifest, as the
- * tables themselves are the job lock's; they say the same but for the moment
- * after a swap. Takes the wish back once it is fulfilled, by whatever step. */
+/* Full compactions may also find nothing to do. Looks at the manifest, as
+ * the tables themselves are the job lock's; they say the same but for the
+ * moment after a swap. Takes the wish back once it is fulfilled, by
+ * whatever step. */
 static bool kv_compacted(struct kvmeta *db, uint64_t unused)
 {
     bool done;
@@ -13881,7 +13906,7 @@ int kvmeta_last_error(kvmeta *db, struct kvmeta_error *err)
  * Waits for no I/O.
  * ========================================================================== */
 
-/* Of the live log, which the manifest gives no length, what is in the file. */
+/* Of the live log, for which the manifest has no length: what is in it. */
 static void kv_stats_files(struct kvmeta *db, struct kvmeta_stats *s)
 {
     pthread_mutex_lock(&db->state_lock);
