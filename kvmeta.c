@@ -11054,8 +11054,8 @@ static bool kv_plan_merge(const struct kvmeta *db, struct kv_plan *plan)
 /*
  * What writers will need: memory, another log, or a sync ahead of the
  * rotation. A log that is less than half full needs neither of the last two.
- * Durable commits sync the log themselves, so that a rotation has nothing to
- * wait for.
+ * Durable commits sync the log themselves, so that a rotation has little left
+ * to wait for.
  *
  * log_end belongs to the leader and may grow while this looks at it. It is
  * below background_synced only if the log has been rotated since. If the new
@@ -11165,6 +11165,7 @@ static void kv_plan_make(struct kvmeta *db, struct kv_plan *plan)
     assert(plan->step != KV_STEP_FLUSH || waiting > 0);
     assert(plan->step != KV_STEP_FULL || plan->last > 0);
 }
+
 static int kv_commit(struct kvmeta *db, struct kv_request *r);
 
 /* A commit without changes: it shares the sync of those who are committing
