@@ -972,10 +972,10 @@ static int kv_random(struct kv_env *env, void *buf, size_t bytes,
     return kv_fail(err, kv_open_code(e), e, "random numbers: error %d", e);
 }
 
-/* flags: enum kvmeta_vfs_open. A missing file is KVMETA_NOT_FOUND; a link or
- * anything but a regular file is KVMETA_E_CORRUPT, since we made none such.
- * The lack of a descriptor is KVMETA_E_LIMIT. After an error *file is closed,
- * with kind and id set. */
+/* flags: enum kvmeta_vfs_open. A missing file is KVMETA_NOT_FOUND, unless it is
+ * to be created; a link or anything but a regular file is KVMETA_E_CORRUPT,
+ * since we made none such. The lack of a descriptor is KVMETA_E_LIMIT. After
+ * an error *file is closed, with kind and id set. */
 static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
                         struct kv_file *file, struct kvmeta_error *err)
 {
@@ -995,7 +995,8 @@ static int kv_file_open(struct kv_env *env, int kind, uint64_t id, int flags,
                                 &handle);
         if (e != EINTR) break;
     }
-    if (e == ENOENT)
+    /* A file that is to be created cannot be missing: its directory is. */
+    if (e == ENOENT && !(flags & KVMETA_VFS_CREATE))
         return kv_fail(err, KVMETA_NOT_FOUND, e, "%s: missing", name);
     /* The vfs says EINVAL of anything but a regular file; the system itself
      * says ELOOP of a link, EISDIR of a directory that is to be written, and
