@@ -12997,7 +12997,11 @@ static int kv_open_recover(struct kvmeta *db, const char *path,
     assert(db->env.dir >= 0);
     *again = false;
     rc = kv_listing_read(&db->env, &rec->list, err);
-    if (!rc && rec->list.lock) rc = kv_open_lock(db, false, err);
+    if (!rc && rec->list.lock) {
+        rc = kv_open_lock(db, false, err);
+        /* Again: whoever had the lock may have been at work until now. */
+        if (!rc) rc = kv_listing_read(&db->env, &rec->list, err);
+    }
     if (rc) return rc;
     if (!rec->list.manifest) {
         rc = kv_open_absent(db, rec, err);
