@@ -12575,13 +12575,19 @@ static int kv_recover_read(struct kv_recovery *rec, struct kvmeta_error *err)
  * appended to, and never trusted to be on disk. If no log has a batch there
  * is no table, and the swap only drops the logs. The records have been
  * through P2 already; the table holds changes, and has no digest of its own.
+ *
+ * Where there are as many tables as a manifest can have, all of them go into
+ * it, too: lives that end in a kill each leave one, and may all have been too
+ * short for the background to merge any.
  */
 static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
 {
     struct kvmeta *db = rec->db;
     size_t count = db->tables_count;
+    size_t first = count < KV_TABLES_MAX ? count : 0;
     uint64_t up_to = rec->runs[rec->runs_count - 1].head.id;
-    uint64_t first_seq = rec->runs[0].head.first_seq;
+    uint64_t first_seq = first < count ? db->tables[0].meta.seq_first
+                                       : rec->runs[0].head.first_seq;
     struct kv_table table = {0};
     struct kvmeta_digest dropped;
     struct kv_inputs in;
@@ -12593,15 +12599,15 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
     /* There is no live log that a step between blocks could look after. */
     kv_job_init(db, &job);
     job.between = NULL;
-    rc = kv_inputs_open(&job, NULL, 0, rec->runs, rec->runs_count, NULL, NULL,
-                        &in, err);
+    rc = kv_inputs_open(&job, db->tables + first, count - first, rec->runs,
+                        rec->runs_count, NULL, NULL, &in, err);
     if (!rc && rec->seq >= first_seq)
-        rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base, count == 0,
+        rc = kv_job_write(&job, kv_store_new_id(db), &in.merge.base, first == 0,
                           first_seq, rec->seq, &dropped, &table, err);
     kv_inputs_close(&db->env, &in);
     if (rc) return rc;
     /* The live log has the highest id of all: no log stays. */
-    return kv_job_install(db, count, count, &table, up_to, rec->seq,
+    return kv_job_install(db, first, count, &table, up_to, rec->seq,
                           rec->digest, err);
 }
 
