@@ -9825,7 +9825,8 @@ struct kvmeta {
     size_t tables_cap;
     uint64_t tables_seq;            /* as manifest.seq */
     struct kvmeta_digest tables_digest;   /* as manifest.digest */
-    bool compaction_stopped;        /* a merge did not balance */
+    _Atomic bool compaction_stopped;      /* a merge did not balance; also
+                                             looked at by who waits for one */
     uint64_t background_synced;     /* kv_job_log_sync has synced the live log
                                        up to here, or one before it */
 
@@ -11387,6 +11388,7 @@ static void *kv_worker_main(void *arg)
 }
 
 static bool kv_idle(struct kvmeta *db, uint64_t unused);
+static bool kv_compacted(struct kvmeta *db, uint64_t unused);
 
 /*
  * Waits until `over` says so, doing the work itself where there is no thread.
@@ -11414,6 +11416,9 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
 
         if (over(db, target)) return KVMETA_OK;
         if (db->failed) return KVMETA_E_FAILED;
+        /* No step will do it, and none will fail to. */
+        if (over == kv_compacted && db->compaction_stopped)
+            return KVMETA_E_FAILED;
         if (!db->has_thread) {
             rc = kv_step_once(db, &did);
             if (rc < 0 && !(rc == KVMETA_E_CORRUPT && db->heal_wanted))
