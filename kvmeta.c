@@ -9854,6 +9854,8 @@ struct kvmeta {
     bool flush_wanted;              /* of sealed logs without a live one */
     bool full_wanted;               /* a full compaction, however little */
     bool heal_wanted;               /* a damaged file has been met */
+    bool woken;                     /* `work` was signalled, perhaps while the
+                                       worker made a plan */
     uint64_t dirty_since_ns;        /* see mark_dirty; the vfs's clock, here */
     uint64_t unsynced_since_ns;     /* and below */
     uint64_t retry_ns;              /* the worker tries again then, unless it
@@ -9953,6 +9955,7 @@ static uint64_t kv_log_step_bytes(const struct kvmeta *db)
 static void kv_store_wake(struct kvmeta *db)
 {
     pthread_mutex_lock(&db->state_lock);
+    db->woken = true;
     pthread_cond_signal(&db->work);
     pthread_mutex_unlock(&db->state_lock);
 }
@@ -10946,12 +10949,9 @@ static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
  * last, is also done in the middle of one, between two blocks that it reads
  * or writes (kv_step_between).
  *
- * The worker sleeps on `work`. A signal that comes after it has made its plan
- * and before it sleeps is lost. What is due by the clock does not need one,
- * because that is looked at again under the state lock. Whoever waits for
- * other work signals again and again (kv_wait), and writers do with each
- * rotation and with each sixteenth of the second half of a log; work that
- * nobody waits for may wait for the next of these signals.
+ * The worker sleeps on `work`, but not if it was woken since its last sleep:
+ * what is to be done may have come up after it had made its plan. What is due
+ * by the clock is looked at again under the state lock before each sleep.
  *
  * (J1) One step at a time, under the job lock.
  * (J2) A step that fails changes nothing and is tried again later.
@@ -11380,8 +11380,10 @@ static void *kv_worker_main(void *arg)
 
         pthread_mutex_lock(&db->state_lock);
         if (!did && !db->stopping) pthread_cond_broadcast(&db->progress);
-        if ((!did || rc) && !db->stopping && !(rc && !db->retry_ns))
+        if ((!did || rc) && !db->stopping && !db->woken
+            && !(rc && !db->retry_ns))
             kv_worker_sleep_locked(db);
+        db->woken = false;
         pthread_mutex_unlock(&db->state_lock);
     }
     return NULL;
@@ -13898,8 +13900,8 @@ int kvmeta_verify(kvmeta *db, struct kvmeta_error *err)
         return rc;
     pthread_mutex_lock(&db->state_lock);
     db->heal_wanted = true;
-    pthread_cond_signal(&db->work);
     pthread_mutex_unlock(&db->state_lock);
+    kv_store_wake(db);
     return rc;
 }
 
