@@ -13106,6 +13106,8 @@ int kvmeta_open(const char *dir, const struct kvmeta_options *options,
     rc = kv_options_normalize(options, &o, err);
     if (!rc) rc = kv_open_once(dir, &o, db, &again, err);
     if (!rc && again) rc = kv_open_once(dir, &o, db, &again, err);
+    if (!rc && again)
+        rc = kv_fail(err, KVMETA_E_BUSY, 0, "LOCK: somebody removes it");
     if (!rc) memset(err, 0, sizeof *err);
     assert(rc <= KVMETA_NOT_FOUND);
     assert(err->code == rc);
