@@ -11833,12 +11833,29 @@ static int kv_commit(struct kvmeta *db, struct kv_request *r)
     return r->rc;
 }
 
+/* Nothing is merged any more, and a manifest can name no more tables: no log
+ * will be flushed, and none of the steps that are due will fail, either. */
+static bool kv_flush_blocked(struct kvmeta *db)
+{
+    bool full;
+
+    if (!db->compaction_stopped) return false;
+    pthread_mutex_lock(&db->state_lock);
+    full = db->manifest.tables_count >= KV_TABLES_MAX;
+    pthread_mutex_unlock(&db->state_lock);
+    return full;
+}
+
 static bool kv_stall_over(struct kvmeta *db, uint64_t unused)
 {
     (void)unused;
-    return !db->backlogged;
+    return !db->backlogged || kv_flush_blocked(db);
 }
 
+/* Whatever keeps the background from flushing has not touched the log, and
+ * nothing of this write was begun: it fails with an error that passes, or
+ * with that of a store that has failed. KVMETA_E_IO would say that its bytes
+ * may be on disk. */
 static int kv_commit_stall(struct kvmeta *db)
 {
     uint64_t start = kv_now(db);
@@ -11846,8 +11863,10 @@ static int kv_commit_stall(struct kvmeta *db)
 
     db->counters.stalls++;
     db->counters.stall_us += (kv_now(db) - start) / 1000;
-    return rc;
+    if (!rc) return kv_flush_blocked(db) ? KVMETA_E_LIMIT : KVMETA_OK;
+    return rc == KVMETA_E_FAILED || kv_passing(rc) ? rc : KVMETA_E_LIMIT;
 }
+
 /* ==========================================================================
  * Open: options
  *

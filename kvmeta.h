@@ -335,9 +335,11 @@ KVMETA_API struct kvmeta_digest kvmeta_digest(kvmeta *db);
  *
  * Errors of every write call, after each of which the records are unchanged:
  *   KVMETA_E_INVALID, _E_READONLY, _E_FORKED, _E_NOMEM,
- *   KVMETA_E_LIMIT    memory_bytes_max, a batch of over 2^31 log bytes, or no
- *                     file can be opened for the next log: once one can be,
- *                     later calls succeed
+ *   KVMETA_E_LIMIT    memory_bytes_max, or a batch of over 2^31 log bytes; or
+ *                     no file can be opened for the next log, or as many logs
+ *                     wait as may, because the background fails (see
+ *                     kvmeta_last_error): once that is over, later calls
+ *                     succeed
  *   KVMETA_E_NOSPACE  the log could not grow; later calls may succeed
  *   KVMETA_E_IO       a write or sync failed. What of the call is on disk is
  *                     unknown until the next open; this handle reads on, and

@@ -705,9 +705,11 @@ static void a_background_error_is_kept_until_overcome(struct unit *u)
 }
 
 /* Goal: writers wait for the background only while it can succeed: when it
- * keeps failing they get its error, with nothing changed, and go on when it
- * has recovered. Method: no table can be created; write until refused. */
-static void check_backlog_error(struct unit *u, uint32_t flags)
+ * keeps failing they get an error that passes, with nothing changed, and go on
+ * when it has recovered. Method: no table can be created; write until
+ * refused. */
+static void check_backlog_error(struct unit *u, uint32_t flags, int sys_errno,
+                                int reason)
 {
     struct kvmeta_options options = unit_options(u, 8, 8);
     struct unit_faults *faults = unit_faults_init(u);
@@ -721,7 +723,7 @@ static void check_backlog_error(struct unit *u, uint32_t flags)
     options.flags = flags;
     options.log_bytes_max = 65536;
     db = unit_open(u, &options);
-    atomic_store(&faults->create_errno, EMFILE);
+    atomic_store(&faults->create_errno, sys_errno);
     while (rc == KVMETA_OK && count < 100000) {
         unit_key(8, count, key);
         rc = kvmeta_put(db, key, key, KVMETA_WRITTEN);
@@ -732,7 +734,7 @@ static void check_backlog_error(struct unit *u, uint32_t flags)
     assert_true(kvmeta_count(db) == count);
     unit_is(kvmeta_has(db, key), KVMETA_NOT_FOUND);
     assert_true(unit_stats(db).logs_waiting <= 9);
-    unit_is(kvmeta_last_error(db, NULL), KVMETA_E_LIMIT);
+    unit_is(kvmeta_last_error(db, NULL), reason);
     atomic_store(&faults->create_errno, 0);
     unit_ok(kvmeta_flush(db));
     unit_ok(kvmeta_put(db, key, key, KVMETA_DURABLE));
@@ -744,11 +746,13 @@ static void check_backlog_error(struct unit *u, uint32_t flags)
     unit_remove_tree(u->dir);
 }
 
-static void writers_get_the_error_of_a_background_that_keeps_failing(
+static void writers_do_not_wait_for_a_background_that_keeps_failing(
     struct unit *u)
 {
-    check_backlog_error(u, KVMETA_NO_THREAD);
-    check_backlog_error(u, 0);
+    check_backlog_error(u, KVMETA_NO_THREAD, EMFILE, KVMETA_E_LIMIT);
+    check_backlog_error(u, KVMETA_NO_THREAD, EIO, KVMETA_E_IO);
+    check_backlog_error(u, 0, EMFILE, KVMETA_E_LIMIT);
+    check_backlog_error(u, 0, EIO, KVMETA_E_IO);
 }
 
 /* Goal: a log that cannot be made ahead is an error of that step alone. */
@@ -936,7 +940,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_merge_over_a_damaged_table_heals_it),
     UNIT_CASE(a_heal_that_fails_is_tried_again),
     UNIT_CASE(a_background_error_is_kept_until_overcome),
-    UNIT_CASE(writers_get_the_error_of_a_background_that_keeps_failing),
+    UNIT_CASE(writers_do_not_wait_for_a_background_that_keeps_failing),
     UNIT_CASE(a_log_ahead_that_cannot_be_made_is_made_later),
     UNIT_CASE(a_store_may_fail_during_a_step),
     UNIT_CASE(a_healthy_store_has_no_last_error),

@@ -323,11 +323,13 @@ static void logs_that_wait_have_a_limit(struct unit *u)
 }
 
 /* Goal: where compaction has stopped, flushes go on until a manifest can hold
- * no more tables; then they fail, and the logs stay. */
+ * no more tables; then they fail, and the logs stay. Writers are refused when
+ * as many logs wait as may, instead of waiting for ever. */
 static void tables_have_a_limit(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
     rlim_t files = unit_raise_limit(RLIMIT_NOFILE);    /* each is open */
+    unsigned char key[8];
     kvmeta *db;
     uint64_t i;
 
@@ -342,11 +344,18 @@ static void tables_have_a_limit(struct unit *u)
     unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
     unit_is(kvmeta_flush(db), KVMETA_E_FAILED);
     assert_int_equal(unit_stats(db).logs_waiting, 1);
-    unit_fill(db, i + 1, i + 2, 0, KVMETA_WRITTEN);
+    while (!db->backlogged) {
+        unit_fill(db, i + 1, i + 2, 0, KVMETA_WRITTEN);
+        unit_is(kvmeta_flush(db), KVMETA_E_FAILED);
+        i++;
+    }
+    unit_key(8, i + 1, key);
+    unit_is(kvmeta_put(db, key, key, KVMETA_WRITTEN), KVMETA_E_LIMIT);
+    assert_true(db->backlogged);
     db->compaction_stopped = false;
     unit_ok(kvmeta_compact(db));
     assert_int_equal(unit_stats(db).tables, 1);
-    unit_holds(db, 0, i + 2, 0);
+    unit_holds(db, 0, i + 1, 0);
     unit_close(db);
     unit_restore_limit(RLIMIT_NOFILE, files);
 }
