@@ -11454,15 +11454,40 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
 /* ==========================================================================
  * Commit
  *
- * Order of a group with a durable or a written batch: build the next version
- * privately, log it, sync it, mark it, publish it. On failure the private
- * version is dropped, and nothing has changed. A group of buffered batches
- * needs no I/O but for a full buffer, which is written before anything
- * changes; each batch is then applied in place where no reader looks. Carries
- * (C2): what is visible in durable mode is on disk; (C3): memory is reserved
- * before a batch is applied, so that what has reached the log cannot fail.
+ * Every write comes through kv_commit. Whoever gets the commit right there is
+ * the leader: it takes what waits in the queue along as one group, does the
+ * work of all of them, leaves each its result, and passes the right on (see
+ * "Commit right"). All functions here but kv_commit and those that wait for the
+ * background belong to the leader, and need no lock for the tree, the live log
+ * and its buffer.
+ *
+ * There are two ways, by what the batches of the group ask for:
+ *
+ *   durable, written    build the next version privately -> log it -> sync it
+ *                       -> mark it -> publish it. One frame, and at most one
+ *                       sync, for the whole group, also for the buffered
+ *                       batches in it. A failure drops the version and what
+ *                       was encoded: nothing has changed.
+ *   buffered only       write the buffer if the batch has no room in it ->
+ *                       apply the batch to the tree, in place where no reader
+ *                       looks -> keep its entries in the buffer. One after the
+ *                       other; each has its own result. A single put goes into
+ *                       the delta, and into the tree with others later.
+ *
+ * The order within a way is all there is to it. Readers never see what could
+ * still fail: in the first way publishing comes last; in the second a change
+ * is visible at once, but the only call that can fail, writing the buffer that
+ * others have filled, comes before it.
+ *
+ * (C2) What is visible in durable mode is on disk.
+ * (C3) What has reached the log cannot fail in memory: nodes, buffer and
+ *      version are reserved before the first record is changed.
+ * (C4) A batch that changes nothing is not logged and has no commit number:
+ *      the log, its sums and the numbers speak of changes only.
  * ========================================================================== */
 
+/* Is the record as the operation says, or absent where it gives no value? What
+ * earlier batches of the group have changed counts. */
 static bool kv_request_expects(const struct kvmeta *db,
                                const struct kv_edit *edit,
                                const struct kvmeta_op *op)
@@ -11474,7 +11499,9 @@ static bool kv_request_expects(const struct kvmeta *db,
 }
 
 /* Tests the expectations and reserves memory: after OK, kv_request_apply
- * cannot fail. */
+ * cannot fail (C3). All expectations are tested before anything is changed, so
+ * a batch cannot refer to what it does itself. An edit in place has its nodes
+ * already: see kv_commit_buffered. */
 static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
                             struct kv_request *r)
 {
@@ -11495,7 +11522,9 @@ static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
 }
 
 /* Applies the next of the operations, up to KV_BATCH, and logs what did
- * change. Returns how many it took. */
+ * change: all puts, and removes of records that were there. Returns how many
+ * operations it took. In the order of the batch, so that the last of several
+ * for one key wins, in the tree as in the log. */
 static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
                                     const struct kvmeta_op *ops, size_t n,
                                     bool *last_found)
@@ -11514,6 +11543,7 @@ static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
             : op->value ? op->value : op->key;
         count++;
     }
+    assert(taken <= n);
     kv_edit_apply(edit, changes, count, found);
     for (size_t i = 0; i < count; i++) {
         *last_found = found[i];
@@ -11525,7 +11555,8 @@ static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
     return taken;
 }
 
-/* The counters' part of a batch that has changed `entries` records. */
+/* The counters' part of a batch that has changed `entries` records. They are
+ * read without a lock, but only the leader adds to them. */
 static void kv_request_count(struct kvmeta *db, size_t entries)
 {
     db->buffer.batches++;
@@ -11534,7 +11565,8 @@ static void kv_request_count(struct kvmeta *db, size_t entries)
                    entries * db->env.shape.record_bytes);
 }
 
-/* Changes the tree and logs what did change. */
+/* Changes the tree and logs what did change; memory has been reserved. The
+ * commit number is the caller's: it counts changed batches (C4). */
 static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
                              struct kv_request *r)
 {
@@ -11550,12 +11582,17 @@ static void kv_request_apply(struct kvmeta *db, struct kv_edit *edit,
         KV_SCHED_POINT("apply");
         i += kv_request_apply_some(db, edit, r->ops + i, r->n - i, &r->found);
     }
+    assert(db->buffer.entries >= entries);
     entries = db->buffer.entries - entries;
+    assert(entries <= r->changes);
     r->changed = entries > 0;
     if (r->changed) kv_request_count(db, entries);
 }
 
-/* The state now is durable: for the statistics, and the worker's timers. */
+/* Tells the statistics and the worker's timers of a commit: that the state is
+ * durable now, and a mark says so that is not synced yet; or that it is not,
+ * and an interval sync is due in time. The state lock is only taken for the
+ * first of a row of commits: the timers run from there. */
 static void kv_commit_note(struct kvmeta *db, bool synced, uint64_t seq)
 {
     if (synced) {
@@ -11577,8 +11614,10 @@ static void kv_commit_note(struct kvmeta *db, bool synced, uint64_t seq)
     pthread_mutex_unlock(&db->state_lock);
 }
 
-/* A buffered put of one record, when nobody asks what it replaces. False: it
- * must be done like any other batch. */
+/* A buffered put of one record, when nobody asks what it replaces: into the
+ * delta, from where it goes into the tree with others, whose cache misses
+ * overlap. False: it must be done like any other batch, and nothing has been
+ * done of it. The reservation comes before the delta is touched (C3). */
 static bool kv_request_defer(struct kvmeta *db, struct kv_request *r)
 {
     const struct kvmeta_op *op = r->ops;
@@ -11598,7 +11637,18 @@ static bool kv_request_defer(struct kvmeta *db, struct kv_request *r)
     return true;
 }
 
-/* Writes the buffer as a frame; `sync` makes it, and all before it, durable. */
+/*
+ * Writes the buffer as a frame; `sync` makes it, and all before it, durable.
+ * digest: of the records after it. After an error of the write or the sync
+ * nothing of the buffer counts as logged: the caller drops it, or keeps it for
+ * the next try if nothing but space was wanting. Any other error fails the
+ * store, since what the file holds now is not known (kv_store_judge).
+ *
+ * The mark comes after the sync, and says what was acknowledged; without it a
+ * damaged tail could pass for a torn one. If it cannot be written the commit
+ * is durable all the same, so this call succeeds; but the next could not give
+ * the promise of R2, so the store fails.
+ */
 static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
                          bool sync, struct kvmeta_error *err)
 {
@@ -11620,18 +11670,22 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
         if (batches > db->counters.group_commits_max)
             db->counters.group_commits_max = batches;
         db->log_end = log->end;
+        /* In the second half of a log, now and then: there may be a log to
+         * prepare, or bytes to sync ahead of the rotation. */
         if (kv_tree_wants_slab(&db->tree)
             || (log->end >= db->options.log_bytes_max / 2
                 && start / kv_log_step_bytes(db)
                 != log->end / kv_log_step_bytes(db)))
             kv_store_wake(db);
     }
+    assert(log->durable <= log->end);
     if (!sync || log->end == log->durable) return KVMETA_OK;
 
     KV_SCHED_POINT("sync");
     if (KV_MUTANT(10)) (void)kv_store_mark(db, 0, log->head.id, log->end, err);
     rc = kv_log_sync(&db->env, log, err);
     if (rc) return kv_store_judge(db, rc, err);
+    assert(log->durable == log->end);
     db->counters.syncs++;
     KV_SCHED_POINT("mark");
     rc = kv_store_mark(db, 0, log->head.id, log->durable, err);
@@ -11639,8 +11693,15 @@ static int kv_commit_log(struct kvmeta *db, struct kvmeta_digest digest,
     return KVMETA_OK;
 }
 
-/* Buffered batches, one by one. Before each, the buffer is written if it has
- * no room: an error of that leaves the batch undone. */
+/*
+ * Buffered batches, one by one. Before each, the buffer is written if it has
+ * no room: an error of that leaves the batch undone, and the older ones, which
+ * readers see already, in the buffer.
+ *
+ * A batch that is applied in place reserves before the gate is closed, as
+ * growing a pool takes long and readers would wait; a larger one is built on a
+ * private version, for the same reason.
+ */
 static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
                               struct kvmeta_error *err)
 {
@@ -11671,6 +11732,7 @@ static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
         return rc;
     }
     kv_request_apply(db, &edit, r);
+    assert(now == kv_tree_current(&db->tree));
     r->seq = now->seq + r->changed;
     kv_log_buffer_keep(&db->buffer);
     kv_edit_publish(&edit, r->seq);
@@ -11678,7 +11740,16 @@ static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
     return KVMETA_OK;
 }
 
-/* All requests of the group on a private version. */
+/*
+ * All requests of the group on a private version, in the order in which they
+ * came. A request whose check fails has changed nothing and does not hinder
+ * the others. If the log fails, all that had succeeded fail with it, and so do
+ * those that changed nothing, as what they have seen may not have happened.
+ *
+ * Without a live log no request of the group changes anything; a group that
+ * syncs and changes nothing is a barrier, and still has to sync what others
+ * have only written.
+ */
 static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
                               bool sync)
 {
@@ -11698,6 +11769,7 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
         seq += r->changed;
         r->seq = seq;
     }
+    assert(seq == base || db->log.file.open);
     if (db->log.file.open)
         rc = kv_commit_log(db, edit.version->digest, sync, &err);
     if (rc) {
@@ -11716,7 +11788,9 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
     kv_commit_note(db, sync, seq);
 }
 
-/* A live log with room, for a group that changes something. */
+/* A live log with room, for a group that changes something: begins the first
+ * one, or rotates. Writers are told to wait from one log before the limit on,
+ * so that those that are past the check in kv_commit find room, too. */
 static int kv_commit_open_log(struct kvmeta *db, size_t bytes,
                               struct kvmeta_error *err)
 {
@@ -11739,7 +11813,9 @@ static int kv_commit_open_log(struct kvmeta *db, size_t bytes,
     return kv_rotate(db, true, err);
 }
 
-/* Does the work of the group, and leaves the result in each request. */
+/* Does the work of the group, and leaves the result in each request. One batch
+ * that is durable or written, or larger than the buffer, takes the others
+ * along: they cost nothing more. */
 static void kv_commit_group(struct kvmeta *db, struct kv_request *group)
 {
     struct kvmeta_error err;      /* filled in by whatever fails */
@@ -11766,7 +11842,11 @@ static void kv_commit_group(struct kvmeta *db, struct kv_request *group)
         r->rc = rc ? rc : kv_commit_buffered(db, r, &err);
 }
 
-/* Takes from the queue what goes into the frame of `first`. */
+/* Takes from the queue what goes into the frame of `first`, oldest first, up to
+ * an exclusive request (a rotation, a snapshot) or the size of a group. The
+ * room changes with the group when the queue was emptied: see "Commit right".
+ * The unlocked look at the queue is for a single writer; what it misses leads
+ * the next group. */
 static void kv_commit_gather(struct kvmeta *db, struct kv_request *first)
 {
     size_t slot = kv_log_slot_bytes(&db->env.shape);
@@ -11813,7 +11893,9 @@ static void kv_commit_linger(struct kvmeta *db, const struct kv_request *r)
 /* Too many sealed logs: wait until the background has flushed one. */
 static int kv_commit_stall(struct kvmeta *db);
 
-/* Commits one request, with others that wait, and returns its result. */
+/* Commits one request, with others that wait, and returns its result. Any
+ * thread. What is wrong with the handle or the request itself is found before
+ * the queue, so that a group holds only what may be tried. */
 static int kv_commit(struct kvmeta *db, struct kv_request *r)
 {
     if (KV_UNLIKELY(kv_forked(db))) return KVMETA_E_FORKED;
@@ -11828,6 +11910,7 @@ static int kv_commit(struct kvmeta *db, struct kv_request *r)
     if (!kv_right_take(db, r)) return r->rc;
     kv_commit_linger(db, r);
     kv_commit_gather(db, r);
+    assert(r->rc == KVMETA_OK);
     kv_commit_group(db, r);
     kv_right_give(db, r);
     return r->rc;
