@@ -7127,7 +7127,6 @@ static void kv_table_close(struct kv_env *env, struct kv_table *t)
 static const char *kv_table_check_block(const struct kv_shape *shape,
                                         const struct kv_block *b, uint64_t off)
 {
-    assert(off >= KV_TABLE_HEADER_BYTES);
     if (b->off != off) return "block is not behind the one before";
     if (b->stored_bytes == 0) return "block is empty";
     if (b->stored_bytes > KV_BLOCK_STORED_MAX) return "block is too large";
