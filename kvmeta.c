@@ -12718,6 +12718,8 @@ static int kv_recover_flush(struct kv_recovery *rec, struct kvmeta_error *err)
                           first_seq, rec->seq, &dropped, &table, err);
     kv_inputs_close(&db->env, &in);
     if (rc) return rc;
+    /* The only table has all records, which have been through P2. */
+    assert(first > 0 || kv_digest_equal(table.sum, rec->digest));
     /* The live log has the highest id of all: no log stays. */
     return kv_job_install(db, first, count, &table, up_to, rec->seq,
                           rec->digest, err);
