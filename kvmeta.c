@@ -4255,6 +4255,7 @@ static void kv_tree_get_many(const struct kv_tree *t,
         const unsigned char *key = keys + i * shape->key_bytes;
         const unsigned char *value = NULL;
 
+        KV_SCHED_POINT("delta");
         if (KV_UNLIKELY(kv_delta_may_have(t, v, key)))
             value = kv_delta_find(t, v, puts, key);
         if (!value) continue;

@@ -65,7 +65,9 @@ static void read_found(struct actor *a, struct view *view, size_t first,
     if (n == r->count) view_check(r, view);
 }
 
-/* All keys, or some neighbours of which a part may be absent. */
+/* All keys, or some neighbours of which a part may be absent, or those that
+ * are put alone (the first ones), with few others: up to 32 keys are looked up
+ * while puts may arrive, more are read as a snapshot is. */
 static void read_many(struct actor *a)
 {
     const struct records *r = a->world->records;
@@ -73,9 +75,14 @@ static void read_many(struct actor *a)
     size_t first = 0, n = r->count;
     struct view view;
 
-    if (test_rng_below(&a->rng, 3) == 0) {
+    switch (a->world->puts_only ? 1 : test_rng_below(&a->rng, 4)) {
+    case 0:
         first = test_rng_below(&a->rng, r->count);
         n = 1 + test_rng_below(&a->rng, r->count - first);
+        break;
+    case 1:
+    case 2: n = SINGLES + test_rng_below(&a->rng, 32 - SINGLES + 1); break;
+    default: break;
     }
     OK(kvmeta_get_many(a->world->db, records_key_at(r, first), n, a->values,
                        a->found));
@@ -194,6 +201,10 @@ static void *run_reader(void *arg)
     unsigned i;
 
     for (i = 0; i < a->ops; i++) {
+        if (a->world->puts_only && test_rng_below(&a->rng, 4) > 0) {
+            read_many(a);
+            continue;
+        }
         switch (test_rng_below(&a->rng, 10)) {
         case 0: read_scan(a); break;
         case 1:
@@ -410,17 +421,35 @@ static void write_single(struct actor *a)
     write_end_ticket(a, ticket, durability, rc, 0);
 }
 
+/* One put, as a batch of one operation: that tells its number, though it may
+ * be buffered and in no log yet. */
+static void write_one_put(struct actor *a)
+{
+    struct world *w = a->world;
+    const struct records *r = w->records;
+    unsigned group = (unsigned)test_rng_below(&a->rng, SINGLES);
+    unsigned durability = write_durability(a);
+    uint32_t ticket = write_begin_ticket(a, 1u << group);
+    struct operations o = {.values = a->values};
+    uint64_t seq = 0;
+    int rc;
+
+    operations_fill(r, &o, 1u << group, ticket);
+    rc = kvmeta_write(w->db, o.ops, o.count, durability, &seq);
+    write_end_ticket(a, ticket, durability, rc, seq);
+}
+
 static void *run_writer(void *arg)
 {
     struct actor *a = arg;
     unsigned i;
 
     for (i = 0; i < a->ops; i++) {
-        switch (test_rng_below(&a->rng, 6)) {
+        switch (a->world->puts_only ? 0 : test_rng_below(&a->rng, 6)) {
         case 0:
         case 1:
-            if (a->world->buffered_only) {
-                write_batch(a, 0);
+            if (a->world->buffered_only || test_rng_below(&a->rng, 2)) {
+                write_one_put(a);
             } else {
                 write_single(a);
             }

@@ -180,6 +180,7 @@ static void world_draw(struct world *w, const struct plan *plan)
     dice = test_rng_below(&w->rng, 10);
     w->durable_only = dice < 4;
     w->buffered_only = dice >= 7;
+    w->puts_only = dice == 9;
     w->crash_at = test_rng_below(&w->rng, 3) == 0
                       ? 1 + test_rng_below(&w->rng, 250) : 0;
     for (i = 0; i < ACTORS; i++) {

@@ -66,6 +66,7 @@ struct world {
     kvmeta *db;
     int durable_only;                /* every write is durable */
     int buffered_only;               /* ... or buffered */
+    int puts_only;                   /* ... and of one record */
     uint64_t crash_at;               /* operation on files, 0: none */
     uint64_t crashes;
     struct history history;

@@ -10,6 +10,21 @@
 #include "unit.h"
 #include "unit_files.h"
 
+/* What others do while a call is at a point of this name. */
+static const char *meanwhile_at;
+static void (*meanwhile)(void);
+
+static void sched_point(const char *name)
+{
+    void (*fn)(void) = meanwhile;
+
+    if (!fn || strcmp(name, meanwhile_at) != 0) return;
+    meanwhile = NULL;
+    fn();
+}
+
+#define KV_SCHED_POINT(name) sched_point(name)
+
 #include "../../kvmeta.c"
 
 /* --------------------------------------------------------------------------
@@ -617,7 +632,58 @@ static void ascending_keys_leave_full_nodes(struct unit *u)
     unit_close(db);
 }
 
+/* --------------------------------------------------------------------------
+ * Reads beside puts
+ * -------------------------------------------------------------------------- */
+
+static kvmeta *many_db;
+
+/* After the first key has been looked up, and before the second. */
+static void put_two_more(void)
+{
+    unit_fill(many_db, 1, 3, 1000, KVMETA_BUFFERED);
+}
+
+static void arm_put_two_more(void)
+{
+    meanwhile = put_two_more;
+}
+
+/* Goal: all keys of a get_many are looked up in one state, though buffered
+ * puts arrive meanwhile: of two of them the later is not seen without the
+ * earlier. Method: one put waits in the delta, so that there is one to look
+ * in; the two come when the first key has been looked up, and is about to be
+ * followed by the others. */
+static void a_get_many_sees_one_state_beside_buffered_puts(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    unsigned char keys[3][8], values[3][8], want[8], found[3];
+    kvmeta *db = unit_open(u, &options);
+
+    unit_fill(db, 0, 3, 0, KVMETA_DURABLE);
+    unit_fill(db, 0, 1, 1000, KVMETA_BUFFERED);
+    assert_int_equal(kv_delta_count(kv_tree_current(&db->tree)), 1);
+    for (uint64_t i = 0; i < 3; i++) unit_key(8, 1 + i % 2, keys[i]);
+    many_db = db;
+    meanwhile_at = "delta";
+    meanwhile = arm_put_two_more;        /* not at the first, at the second */
+    unit_ok(kvmeta_get_many(db, keys, 3, values, found));
+    assert_null(meanwhile);
+    for (uint64_t i = 0; i < 3; i++) {
+        unit_value(8, 1 + i % 2, want);
+        assert_int_equal(found[i], 1);
+        assert_memory_equal(values[i], want, 8);
+    }
+    unit_ok(kvmeta_get_many(db, keys, 3, values, found));
+    for (uint64_t i = 0; i < 3; i++) {
+        unit_value(8, 1 + i % 2 + 1000, want);
+        assert_memory_equal(values[i], want, 8);
+    }
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
+    UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
