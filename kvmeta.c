@@ -4726,14 +4726,6 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
  *   T6         by the scan: it adds up all records anew
  * ========================================================================== */
 
-/* In a forked child, where whoever held a lock does not exist. What they were
- * about may be half done; the child only frees, and does not read on. */
-static void kv_tree_forget_locks(struct kv_tree *t)
-{
-    (void)pthread_mutex_init(&t->lock, NULL);
-    (void)pthread_mutex_init(&t->delta_lock, NULL);
-}
-
 /* Accepts a zeroed tree, and one whose init failed. No version may be held
  * and no slot taken. From old to new, so that nodes end with the last
  * version that sees them; what the current one reaches is all that is left
@@ -4974,6 +4966,22 @@ static void kv_tree_usage(struct kv_tree *t, struct kv_tree_usage *u)
     }
     pthread_mutex_unlock(&t->lock);
 }
+
+/* In a forked child: was nobody about to change the tree at the fork, and
+ * does nobody hold a version? Then it is whole, and its locks are free.
+ * Readers in slots are no matter: they are not here. */
+static bool kv_tree_quiet(struct kv_tree *t)
+{
+    struct kv_tree_usage usage;
+
+    if (pthread_mutex_trylock(&t->delta_lock) != 0) return false;
+    if (pthread_mutex_trylock(&t->lock) != 0) return false;
+    pthread_mutex_unlock(&t->lock);
+    pthread_mutex_unlock(&t->delta_lock);
+    kv_tree_usage(t, &usage);
+    return usage.snapshots == 0;
+}
+
 /* ==========================================================================
  * Background jobs and sources
  *
@@ -13243,17 +13251,47 @@ static int kv_close_seal(struct kvmeta *db)
     return rc;
 }
 
+/* In a forked child: was no commit, step or change of the tree under way at
+ * the fork? A lock that a thread of the parent had is never given back here,
+ * so none is waited for; those that are taken are not given back either. */
+static bool kv_store_quiet(struct kvmeta *db)
+{
+    if (atomic_load(&db->right) != KV_RIGHT_FREE) return false;
+    if (pthread_mutex_trylock(&db->job_lock) != 0) return false;
+    if (pthread_mutex_trylock(&db->state_lock) != 0) return false;
+    return kv_tree_quiet(&db->tree);
+}
+
+/*
+ * The close in a forked child. Nothing is written. Closing the child's copy
+ * of LOCK does not unlock it, for the lock belongs to the open file that both
+ * share, and lasts until the parent's descriptor is closed, too.
+ *
+ * What another thread of the parent was changing at the fork is half changed
+ * here for ever: nodes that are in no version yet, a pointer to what has been
+ * freed, a descriptor that has a new owner. Then only what is fixed after the
+ * open is closed, and all else is left to the end of the process. The locks
+ * are not destroyed: the worker may be waiting, in the parent.
+ */
+static void kv_store_leave(struct kvmeta *db)
+{
+    assert(kv_forked(db));
+    db->locks_made = false;
+    if (kv_store_quiet(db)) {
+        kv_store_free(db);
+        return;
+    }
+    kv_file_close(&db->env, &db->lock);
+    db->env.vfs->dir_close(db->env.vfs->user, db->env.dir);
+}
+
 /*
  * The order: no more steps, then seal, then free. Until the worker is joined
  * it may hold the job lock, or wait for the right; afterwards this thread is
  * the only one. A prepared log that was never begun is no part of the store
  * and is unlinked; a crash would leave it to the next open.
  *
- * In a forked child no lock may be touched, not even to ask for snapshots:
- * its holder is a thread of the parent, and does not exist here. Closing the
- * child's copy of LOCK does not unlock it, for the lock belongs to the open
- * file that both share, and lasts until the parent's descriptor is closed,
- * too. Nothing is written.
+ * A forked child has its own way (kv_store_leave).
  */
 int kvmeta_close(kvmeta *db)
 {
@@ -13262,11 +13300,7 @@ int kvmeta_close(kvmeta *db)
 
     if (!db) return KVMETA_OK;
     if (kv_forked(db)) {
-        /* The thread, and whoever held a lock, are in the parent: only the
-         * copy of its memory and descriptors goes. */
-        db->locks_made = false;
-        kv_tree_forget_locks(&db->tree);
-        kv_store_free(db);
+        kv_store_leave(db);
         return KVMETA_E_FORKED;
     }
     /* Snapshots and cursors point into the tree. A cursor has no count of its
@@ -13302,8 +13336,9 @@ int kvmeta_close(kvmeta *db)
  * so what is read belongs together.
  *
  * Writes become a kv_request on the stack, which kv_commit takes to its end;
- * it is also where a forked child and a read-only store are turned down.
- * Reads do not ask for either.
+ * it is also where a forked child and a read-only store are turned down. Of
+ * the reads, those that a question more does not slow down turn down a forked
+ * child, too; kvmeta.h forbids it the others.
  * ========================================================================== */
 
 const char *kvmeta_strerror(int code)
@@ -13421,6 +13456,7 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
     int rc = KVMETA_OK;
 
     if (!db || !fn) return KVMETA_E_INVALID;
+    if (kv_forked(db)) return KVMETA_E_FORKED;
     v = kv_tree_hold(&db->tree);
     assert(kv_delta_count(v) == 0);              /* D4 */
     kv_cursor_init(&db->tree, v, &c);
@@ -13683,6 +13719,7 @@ int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
     kvmeta_snapshot *s;
 
     if (!db || !snapshot) return KVMETA_E_INVALID;
+    if (kv_forked(db)) return KVMETA_E_FORKED;
     s = kv_alloc(&db->env, sizeof *s);
     if (!s) return KVMETA_E_NOMEM;
     s->db = db;
@@ -13693,11 +13730,13 @@ int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot)
 }
 
 /* Frees what only this snapshot kept alive, in parts, so that the writer
- * never waits long for the tree lock meanwhile. */
+ * never waits long for the tree lock meanwhile. In a forked child it may wait
+ * for that lock for ever, so the version stays held there. */
 void kvmeta_snapshot_release(kvmeta_snapshot *snapshot)
 {
     if (!snapshot) return;
-    kv_tree_drop(&snapshot->db->tree, snapshot->version);
+    if (!kv_forked(snapshot->db))
+        kv_tree_drop(&snapshot->db->tree, snapshot->version);
     kv_free(&snapshot->db->env, snapshot);
 }
 
@@ -14018,6 +14057,8 @@ int kvmeta_last_error(kvmeta *db, struct kvmeta_error *err)
     struct kvmeta_error now;
 
     if (!db) return KVMETA_E_INVALID;
+    if (kv_forked(db))
+        return kv_fail(err, KVMETA_E_FORKED, 0, "forked child");
     pthread_mutex_lock(&db->state_lock);
     now = db->failed ? db->failed_error : db->background_error;
     assert(!db->failed || db->failed == now.code);
@@ -14090,6 +14131,7 @@ int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
 
     if (!db || !stats || stats->struct_size < sizeof stats->struct_size)
         return KVMETA_E_INVALID;
+    if (kv_forked(db)) return KVMETA_E_FORKED;
     bytes = stats->struct_size;
     s = db->found;
     s.durable_seq = db->durable_seq;   /* before seq, which is never behind */

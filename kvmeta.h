@@ -30,6 +30,13 @@
  *  7. The library never prints, aborts, installs a signal handler, reads the
  *     environment or keeps global state. Error texts hold file names and
  *     offsets, never keys or values.
+ *  8. After a fork the handle is the parent's. The child may close it, with
+ *     KVMETA_E_FORKED for an answer, read and release snapshots, cursors and
+ *     batches from before the fork, and ask for anything that returns
+ *     KVMETA_E_FORKED. It must not call kvmeta_get, _has, _get_many, _count or
+ *     _digest: they may wait for ever, for a thread that is not there. Until
+ *     it has closed the handle, ends, or calls exec, the store stays locked,
+ *     also when the parent has closed it.
  *
  * What can still be lost, after everything below: if the power fails before
  * the last mark (100 ms after the last commit at the latest) has reached the
@@ -275,13 +282,16 @@ KVMETA_API int kvmeta_open(const char *dir,
  *
  * On any other error the handle is gone all the same, and the store is as
  * after a kill at this moment: what was durable stays so. In a forked child:
- * KVMETA_E_FORKED, the child's memory is freed, the parent is not disturbed.
+ * KVMETA_E_FORKED, and the parent is not disturbed. The child's memory and
+ * descriptors are given back; but where at the fork another thread, that of
+ * the store included, was at work on it, or there was a snapshot, all but
+ * LOCK and the directory stay until the child ends or calls exec.
  */
 KVMETA_API int kvmeta_close(kvmeta *db);
 
 /* --------------------------------------------------------------------------
  * Reading. None of these does I/O, waits for a writer's I/O, or fails but for
- * KVMETA_E_INVALID.
+ * KVMETA_E_INVALID (and, in a forked child, a scan for KVMETA_E_FORKED).
  * -------------------------------------------------------------------------- */
 
 /* Copies the value of `key` to `value` (value_bytes long). KVMETA_NOT_FOUND
@@ -416,7 +426,7 @@ KVMETA_API int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch,
  * few microseconds, however many records there are: it waits for no disk, and
  * for writers only while up to 32 buffered puts find their places in memory.
  * It costs the memory of what is changed while it lives.
- * May be read by many threads at once. KVMETA_E_NOMEM.
+ * May be read by many threads at once. KVMETA_E_NOMEM, _E_FORKED.
  */
 KVMETA_API int kvmeta_snapshot_take(kvmeta *db, kvmeta_snapshot **snapshot);
 /* NULL allowed. Cursors over it must have been closed. */

@@ -478,6 +478,14 @@ static int turn_mutex_lock(struct turn_mutex *mutex)
     return 0;
 }
 
+static int turn_mutex_trylock(struct turn_mutex *mutex)
+{
+    turn_point(TURN_COARSE, "trylock");
+    if (mutex->owner != 0) return EBUSY;
+    mutex->owner = turns.current + 1;
+    return 0;
+}
+
 static int turn_mutex_unlock(struct turn_mutex *mutex)
 {
     if (mutex->owner != turns.current + 1) {

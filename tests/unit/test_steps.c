@@ -682,7 +682,159 @@ static void a_get_many_sees_one_state_beside_buffered_puts(struct unit *u)
     unit_close(db);
 }
 
+/* --------------------------------------------------------------------------
+ * Forks beside other threads
+ * -------------------------------------------------------------------------- */
+
+/* What another thread of the parent is at when the fork comes. */
+enum busy { BUSY_RIGHT, BUSY_JOB, BUSY_STATE, BUSY_DELTA, BUSY_TREE,
+            BUSY_SNAPSHOT, BUSY_NOT };
+
+struct parent {
+    struct unit *u;
+    kvmeta *db;
+    enum busy busy;
+    struct kv_request right;
+    kvmeta_snapshot *snapshot;
+    kvmeta_cursor *cursor;
+    kvmeta_batch *batch;
+};
+
+static pthread_mutex_t *busy_lock(struct parent *p)
+{
+    return p->busy == BUSY_JOB     ? &p->db->job_lock
+           : p->busy == BUSY_STATE ? &p->db->state_lock
+           : p->busy == BUSY_DELTA ? &p->db->tree.delta_lock
+           : p->busy == BUSY_TREE  ? &p->db->tree.lock : NULL;
+}
+
+static void busy_begin(struct parent *p)
+{
+    if (busy_lock(p)) pthread_mutex_lock(busy_lock(p));
+    p->right.exclusive = true;
+    if (p->busy == BUSY_RIGHT) assert_true(kv_right_take(p->db, &p->right));
+    if (p->busy == BUSY_SNAPSHOT)
+        unit_ok(kvmeta_snapshot_take(p->db, &p->snapshot));
+}
+
+static void busy_end(struct parent *p)
+{
+    if (busy_lock(p)) pthread_mutex_unlock(busy_lock(p));
+    if (p->busy == BUSY_RIGHT) kv_right_give(p->db, NULL);
+    if (p->busy == BUSY_SNAPSHOT) kvmeta_snapshot_release(p->snapshot);
+}
+
+/* In the child: a tree that was changed at the fork leads to nowhere. Where
+ * all was quiet everything is given back. */
+static int close_in_child(void *arg)
+{
+    struct parent *p = arg;
+    long long before = (long long)atomic_load(&p->u->alloc.live_blocks);
+    int lock = p->db->lock.handle, dir = p->db->env.dir;
+    long long left;
+
+    alarm(20);
+    if (p->busy != BUSY_NOT)
+        kv_tree_current(&p->db->tree)->root = (struct kv_node *)(uintptr_t)64;
+    if (kvmeta_close(p->db) != KVMETA_E_FORKED) return 1;
+    left = (long long)atomic_load(&p->u->alloc.live_blocks);
+    if (left != (p->busy == BUSY_NOT ? 0 : before)) return 2;
+    return fcntl(lock, F_GETFD) != -1 || fcntl(dir, F_GETFD) != -1 ? 3 : 0;
+}
+
+/* Goal: a close in a forked child follows nothing that another thread of the
+ * parent may have been changing at the fork; LOCK and the directory are closed
+ * in any case, and where all was quiet everything is given back. Method: each
+ * lock that says that somebody is at work is taken before the fork. */
+static void a_forked_child_frees_only_what_nobody_was_changing(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct parent p = {.u = u};
+
+    p.db = unit_open(u, &options);
+    unit_fill(p.db, 0, 2000, 0, KVMETA_DURABLE);
+    unit_ok(kvmeta_flush(p.db));
+    unit_fill(p.db, 2000, 2010, 0, KVMETA_BUFFERED);
+    for (p.busy = BUSY_RIGHT; p.busy <= BUSY_NOT; p.busy++) {
+        busy_begin(&p);
+        assert_int_equal(unit_in_child(close_in_child, &p), 0);
+        busy_end(&p);
+    }
+    unit_ok(kvmeta_verify(p.db, NULL));
+    unit_holds(p.db, 0, 2010, 0);
+    unit_close(p.db);
+}
+
+static int see_nothing(void *user, const void *key, const void *value)
+{
+    (void)user, (void)key, (void)value;
+    return 0;
+}
+
+/* In the child: what a snapshot from before the fork holds, read and let go;
+ * all else that could wait is refused. */
+static int read_in_child(void *arg)
+{
+    struct parent *p = arg;
+    struct kvmeta_stats stats = {.struct_size = sizeof stats};
+    unsigned char key[8], value[8], found;
+    struct kvmeta_error err;
+    kvmeta_snapshot *other;
+    uint64_t n = 0;
+
+    alarm(20);
+    if (kvmeta_scan(p->db, NULL, NULL, see_nothing, NULL) != KVMETA_E_FORKED
+        || kvmeta_snapshot_take(p->db, &other) != KVMETA_E_FORKED
+        || kvmeta_stats(p->db, &stats) != KVMETA_E_FORKED
+        || kvmeta_last_error(p->db, &err) != KVMETA_E_FORKED
+        || err.code != KVMETA_E_FORKED
+        || kvmeta_last_error(p->db, NULL) != KVMETA_E_FORKED
+        || kvmeta_commit(p->db, p->batch, 0, NULL) != KVMETA_E_FORKED)
+        return 1;
+    while (kvmeta_cursor_next(p->cursor) == KVMETA_OK) n++;
+    unit_key(8, 7, key);
+    if (n != 99 || kvmeta_snapshot_count(p->snapshot) != 100
+        || kvmeta_snapshot_get(p->snapshot, key, value) != KVMETA_OK
+        || kvmeta_snapshot_get_many(p->snapshot, key, 1, value, &found)
+        || !found)
+        return 2;
+    kvmeta_cursor_close(p->cursor);
+    kvmeta_snapshot_release(p->snapshot);
+    kvmeta_batch_free(p->batch);
+    return kvmeta_close(p->db) == KVMETA_E_FORKED ? 0 : 3;
+}
+
+/* Goal: what a forked child may call does not wait for a thread that is not
+ * there, and a snapshot from before the fork can be read. Method: all locks
+ * are taken at the fork, and the gate is closed. */
+static void a_forked_child_waits_for_nobody(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct parent p = {.u = u};
+    unsigned char key[8] = {0};
+
+    p.db = unit_open(u, &options);
+    unit_fill(p.db, 0, 100, 0, KVMETA_BUFFERED);
+    unit_ok(kvmeta_snapshot_take(p.db, &p.snapshot));
+    unit_ok(kvmeta_cursor_open(p.snapshot, &p.cursor));
+    unit_ok(kvmeta_cursor_first(p.cursor));
+    unit_ok(kvmeta_batch_new(p.db, &p.batch));
+    unit_ok(kvmeta_batch_put(p.batch, key, key));
+    unit_fill(p.db, 50, 150, 1, KVMETA_BUFFERED);
+    for (p.busy = BUSY_RIGHT; p.busy <= BUSY_TREE; p.busy++) busy_begin(&p);
+    p.db->tree.gate = true;
+    assert_int_equal(unit_in_child(read_in_child, &p), 0);
+    p.db->tree.gate = false;
+    for (p.busy = BUSY_RIGHT; p.busy <= BUSY_TREE; p.busy++) busy_end(&p);
+    kvmeta_cursor_close(p.cursor);
+    kvmeta_snapshot_release(p.snapshot);
+    kvmeta_batch_free(p.batch);
+    unit_close(p.db);
+}
+
 static struct unit_case cases[] = {
+    UNIT_CASE(a_forked_child_frees_only_what_nobody_was_changing),
+    UNIT_CASE(a_forked_child_waits_for_nobody),
     UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
