@@ -1167,7 +1167,7 @@ static int kv_dir_sync(struct kv_env *env, struct kvmeta_error *err)
  * another.
  * ========================================================================== */
 
-/* EEXIST, where another process was faster, is a failure like any other. */
+/* EEXIST where another process was faster; kv_open_dir then looks again. */
 static int kv_posix_dir_create(void *user, const char *path)
 {
     (void)user;
@@ -13007,7 +13007,8 @@ static int kv_open_dir(struct kvmeta *db, const char *path,
     /* Its parents must be there: a wrong path makes no directories. */
     if (e == ENOENT && !(db->options.flags & must)) {
         e = vfs->dir_create(vfs->user, path);
-        if (!e) e = vfs->dir_open(vfs->user, path, &db->env.dir);
+        /* Another open may have been faster: what it made will do. */
+        if (!e || e == EEXIST) e = vfs->dir_open(vfs->user, path, &db->env.dir);
     } else if (e == ENOENT) {
         return kv_fail(err, KVMETA_NOT_FOUND, e, "no such directory");
     }

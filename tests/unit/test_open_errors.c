@@ -186,6 +186,40 @@ static void a_store_that_another_makes_meanwhile_is_opened(struct unit *u)
     unit_close(db);
 }
 
+/* Another process that makes the directory, or a file of its name, first. */
+static int create_after_another(void *user, const char *path)
+{
+    (void)user;
+    if (faster) {
+        assert_int_equal(mkdir(path, 0700), 0);
+    } else {
+        unit_write_path(path, "x", 1);
+    }
+    faster = NULL;
+    return kvmeta_vfs_posix()->dir_create(NULL, path);
+}
+
+/* Goal: of two that find no directory one makes it, and both go on; what is no
+ * directory is left alone. */
+static void a_directory_that_another_makes_meanwhile_is_used(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+    kvmeta *db = NULL;
+
+    vfs.dir_create = create_after_another;
+    options.vfs = &vfs;
+    faster = u;
+    db = unit_open(u, &options);
+    assert_null(faster);
+    unit_fill(db, 0, 10, 0, 0);
+    unit_close(db);
+    unit_remove_tree(u->dir);
+    unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_IO);
+    assert_int_equal(u->err.sys_errno, ENOTDIR);
+    assert_int_equal(unlink(u->dir), 0);
+}
+
 static int dir_closes;
 
 static int open_no_dir(void *user, const char *path, int *dir)
@@ -581,6 +615,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(open_and_close_without_writes_change_nothing),
     UNIT_CASE(a_second_opener_is_busy),
     UNIT_CASE(a_store_that_another_makes_meanwhile_is_opened),
+    UNIT_CASE(a_directory_that_another_makes_meanwhile_is_used),
     UNIT_CASE(a_directory_that_does_not_open_is_not_closed),
     UNIT_CASE(each_read_of_an_open_counts),
     UNIT_CASE(a_forked_child_is_refused_and_its_parent_undisturbed),
