@@ -255,7 +255,8 @@ typedef struct kvmeta_cursor kvmeta_cursor;
  * in the statistics. Nothing is written before everything has been checked.
  *
  * KVMETA_E_INVALID   an option is out of range (the message names it)
- * KVMETA_E_BUSY      another handle or process has it open
+ * KVMETA_E_BUSY      another handle or process has it open, or somebody
+ *                    removes LOCK again and again (only LOCK is new then)
  * KVMETA_E_MISMATCH  it has other widths
  * KVMETA_E_CORRUPT   acknowledged bytes are damaged or missing, or the
  *                    directory holds files of a store but no manifest

@@ -467,7 +467,36 @@ static void each_sync_of_a_close_counts(struct unit *u)
     assert_true(at > 3);
 }
 
+/* Goal: a write that cannot begin its log since the directory is gone is an
+ * error, whatever it would say of the record otherwise, and nothing has
+ * changed. Method: the log is sealed, so that the next write makes one. */
+static void a_write_without_a_directory_is_an_error(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    unsigned char key[8], value[8] = {0}, previous[8] = {9};
+    int call;
+
+    for (call = 0; call < 3; call++) {
+        kvmeta *db = unit_open(u, &options);
+        int rc;
+
+        unit_fill(db, 0, 10, 0, KVMETA_DURABLE);
+        unit_ok(kvmeta_flush(db));
+        unit_remove_tree(u->dir);
+        unit_key(8, 3, key);
+        rc = call == 0   ? kvmeta_put(db, key, value, 0)
+             : call == 1 ? kvmeta_remove(db, key, 0)
+                         : kvmeta_swap(db, key, value, previous, 0);
+        unit_is(rc, KVMETA_E_IO);
+        assert_int_equal(previous[0], 9);
+        unit_holds(db, 0, 10, 0);
+        unit_is(kvmeta_remove(db, key, 0), KVMETA_E_FAILED);
+        (void)kvmeta_close(db);
+    }
+}
+
 static struct unit_case cases[] = {
+    UNIT_CASE(a_write_without_a_directory_is_an_error),
     UNIT_CASE(a_kill_costs_only_what_was_buffered),
     UNIT_CASE(sync_is_a_barrier),
     UNIT_CASE(a_durable_write_carries_those_before_it),

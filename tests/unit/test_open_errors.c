@@ -220,6 +220,101 @@ static void a_directory_that_another_makes_meanwhile_is_used(struct unit *u)
     assert_int_equal(unlink(u->dir), 0);
 }
 
+/* The id of the newest log or table. */
+static unsigned long long newest_id(struct unit *u)
+{
+    static const char *const suffixes[] = {".wal", ".tab"};
+    unsigned long long id = 0, n;
+    char name[64];
+    size_t i, k;
+
+    for (k = 0; k < 2; k++) {
+        for (i = 0; unit_find(u, suffixes[k], i, name); i++) {
+            n = strtoull(name + 1, NULL, 16);
+            id = n > id ? n : id;
+        }
+    }
+    return id;
+}
+
+/* Another process that has LOCK until now, and ends: it leaves a file of ours
+ * that is not listed, or deletes one. */
+static const char *leaves, *deletes;
+
+static int lock_after_a_life(void *user, int file)
+{
+    struct unit *u = faster;
+
+    (void)user;
+    faster = NULL;
+    if (u && leaves) unit_write_path(unit_path(u, leaves), "x", 1);
+    if (u && deletes) assert_int_equal(unlink(unit_path(u, deletes)), 0);
+    return kvmeta_vfs_posix()->file_lock(NULL, file);
+}
+
+/* Goal: what an open knows of the directory is from the time when it had LOCK:
+ * a file that is gone is not missed, and the id of a new one is not given out
+ * again. Method: the id is the next one. */
+static void a_directory_is_listed_under_its_lock(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+    kvmeta *db = NULL;
+    char name[64];
+    int round;
+
+    vfs.file_lock = lock_after_a_life;
+    unit_make_store(u, 1, 300, 400);
+    options.vfs = &vfs;
+    for (round = 0; round < 2; round++) {
+        snprintf(name, sizeof name, "w%016llx.wal", newest_id(u) + 1);
+        if (round) unit_write_path(unit_path(u, name), "x", 1);
+        leaves = round ? NULL : name;
+        deletes = round ? name : NULL;
+        faster = u;
+        db = unit_open(u, &options);
+        assert_null(faster);
+        assert_int_equal(unit_stats(db).open_garbage_files, round ? 0 : 1);
+        unit_fill(db, 0, 400, 0, KVMETA_WRITTEN);
+        unit_ok(kvmeta_flush(db));
+        unit_close(db);
+        check_store(u);
+    }
+}
+
+/* Somebody removes LOCK whenever the directory is about to be listed. */
+static int removals;
+
+static int list_without_lock(void *user, int dir,
+                             int (*fn)(void *arg, const char *name), void *arg)
+{
+    (void)user;
+    if (unlinkat(dir, "LOCK", 0) == 0) removals++;
+    return kvmeta_vfs_posix()->dir_list(NULL, dir, fn, arg);
+}
+
+/* Goal: an open that never finds the LOCK that it has made gives up and says
+ * so: no handle comes with OK that is not there. */
+static void a_lock_that_is_removed_again_is_busy(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct kvmeta_vfs vfs = *kvmeta_vfs_posix();
+    kvmeta *db = NULL;
+
+    unit_make_store(u, 1, 300, 400);
+    vfs.dir_list = list_without_lock;
+    options.vfs = &vfs;
+    removals = 0;
+    unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_BUSY);
+    assert_int_equal(u->err.code, KVMETA_E_BUSY);
+    assert_non_null(strstr(u->err.message, "LOCK"));
+    assert_int_equal(removals, 2);
+    assert_null(db);
+    check_store(u);
+    assert_int_equal(unlink(unit_path(u, "LOCK")), 0);
+    check_store(u);
+}
+
 static int dir_closes;
 
 static int open_no_dir(void *user, const char *path, int *dir)
@@ -616,6 +711,8 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_second_opener_is_busy),
     UNIT_CASE(a_store_that_another_makes_meanwhile_is_opened),
     UNIT_CASE(a_directory_that_another_makes_meanwhile_is_used),
+    UNIT_CASE(a_directory_is_listed_under_its_lock),
+    UNIT_CASE(a_lock_that_is_removed_again_is_busy),
     UNIT_CASE(a_directory_that_does_not_open_is_not_closed),
     UNIT_CASE(each_read_of_an_open_counts),
     UNIT_CASE(a_forked_child_is_refused_and_its_parent_undisturbed),

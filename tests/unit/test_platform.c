@@ -797,6 +797,11 @@ static void verify_names_the_rule_that_memory_breaks(struct unit *u)
           "T1: separator");
     tail = kv_row(&db->tree, inner, inner->count - 2);
     BREAK(db, tail[0], 0xff, "T1: separator");
+    /* One that is the last key of the leaf to its left, or below that. */
+    tail = kv_row(&db->tree, inner, 0);
+    assert_int_equal(tail[6], 0);
+    BREAK(db, tail[7], (unsigned char)(tail[7] - 1), "T1: separator");
+    BREAK(db, tail[7], 1, "T1: separator");
     /* The last key of a leaf above the first of the next one. */
     tail = kv_row(&db->tree, leaf, leaf->count - 1);
     BREAK(db, tail[0], 0xff, "T1: order across leaves");

@@ -25,7 +25,20 @@ static void sched_point(const char *name)
 
 #define KV_SCHED_POINT(name) sched_point(name)
 
+/* memset, which must not be given NULL, though most let it pass for no
+ * bytes. */
+static unsigned cleared_null;
+
+static void *checked_memset(void *to, int byte, size_t bytes)
+{
+    if (!to) cleared_null++;
+    return to ? (memset)(to, byte, bytes) : NULL;
+}
+
+#undef memset
+#define memset(to, byte, bytes) checked_memset(to, byte, bytes)
 #include "../../kvmeta.c"
+#undef memset
 
 /* --------------------------------------------------------------------------
  * The background
@@ -682,6 +695,22 @@ static void a_get_many_sees_one_state_beside_buffered_puts(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: no keys are asked for with NULL, also where there are no records. */
+static void a_get_many_of_nothing_in_nothing_touches_nothing(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    kvmeta_snapshot *snapshot = NULL;
+
+    cleared_null = 0;
+    unit_ok(kvmeta_get_many(db, NULL, 0, NULL, NULL));
+    unit_ok(kvmeta_snapshot_take(db, &snapshot));
+    unit_ok(kvmeta_snapshot_get_many(snapshot, NULL, 0, NULL, NULL));
+    kvmeta_snapshot_release(snapshot);
+    assert_int_equal(cleared_null, 0);
+    unit_close(db);
+}
+
 /* --------------------------------------------------------------------------
  * Forks beside other threads
  * -------------------------------------------------------------------------- */
@@ -835,6 +864,7 @@ static void a_forked_child_waits_for_nobody(struct unit *u)
 static struct unit_case cases[] = {
     UNIT_CASE(a_forked_child_frees_only_what_nobody_was_changing),
     UNIT_CASE(a_forked_child_waits_for_nobody),
+    UNIT_CASE(a_get_many_of_nothing_in_nothing_touches_nothing),
     UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
