@@ -2779,10 +2779,11 @@ struct kv_edit {
 };
 
 /*
- * Nodes that n changes may need. A change copies its path, and a sibling; it
- * splits a leaf, and full inner nodes on the way. A leaf that was split or
- * filled up from a sibling has room for cap/16 before it splits again, which
- * bounds what many changes need by less than what each needs alone.
+ * Nodes that n changes of a tree of this height may need. A change copies its
+ * path, and a sibling; it splits a leaf, and full inner nodes on the way. A
+ * leaf that was split or filled up from a sibling has room for cap/16 before
+ * it splits again, which bounds what many changes need by less than what each
+ * needs alone.
  *
  * `made` are the nodes that splits add: one for each change at most; and with
  * many changes one for each leaf there is, which may all be full, and one for
@@ -2793,10 +2794,9 @@ struct kv_edit {
  * bounds are generous; what is not taken is free again when the edit ends.
  * With the lock: it reads the pools.
  */
-static void kv_tree_need(const struct kv_tree *t, uint64_t n,
+static void kv_tree_need(const struct kv_tree *t, uint64_t height, uint64_t n,
                          uint64_t *leaves, uint64_t *inners)
 {
-    uint64_t height = kv_tree_current(t)->height;
     uint64_t made = kv_min(n, t->leaves.used_nodes + 16 * n / t->leaf.cap + 2);
 
     *leaves = made + kv_min(3 * n, t->leaves.used_nodes + made);
@@ -2831,9 +2831,11 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
 
 /*
  * After OK, `changes` more puts and removes cannot fail, until the next
- * publish or abort. limited: memory_bytes_max counts; not for removes alone,
- * or a store at its limit could not be made smaller. KVMETA_E_NOMEM or
- * KVMETA_E_LIMIT leave nothing reserved; err may be NULL. For the writer.
+ * publish or abort. v: what they change; the version of a private edit may
+ * be higher by now than the current one. limited: memory_bytes_max counts; not
+ * for removes alone, or a store at its limit could not be made smaller.
+ * KVMETA_E_NOMEM or KVMETA_E_LIMIT leave nothing reserved; err may be NULL.
+ * For the writer.
  *
  * A single change, by far the most frequent, is mostly covered by what pools
  * keep free anyway, and then takes no lock: at most one leaf is made and
@@ -2841,24 +2843,22 @@ static int kv_pool_reserve_locked(struct kv_tree *t, struct kv_pool *pool,
  * are copied at each. A second call before the edit is over must state all
  * changes since the first that are not made yet.
  */
-static int kv_tree_reserve(struct kv_tree *t, size_t changes, bool limited,
+static int kv_tree_reserve(struct kv_tree *t, const struct kv_version *v,
+                           size_t changes, bool limited,
                            struct kvmeta_error *err)
 {
+    size_t height = v->height;
     uint64_t leaves;
     uint64_t inners;
     int rc;
 
-    if (KV_LIKELY(changes == 1)) {
-        size_t height = kv_tree_current(t)->height;
-
-        if (KV_LIKELY(kv_pool_has(&t->leaves, 4)
-                      && kv_pool_has(&t->inners, 3 * height + 2)))
-            return KVMETA_OK;
-    }
+    if (KV_LIKELY(changes == 1) && KV_LIKELY(kv_pool_has(&t->leaves, 4))
+        && KV_LIKELY(kv_pool_has(&t->inners, 3 * height + 2)))
+        return KVMETA_OK;
     /* Both pools or none: one alone would only keep slabs from being freed.
      * What was added to them is given back, as far as it is not needed. */
     pthread_mutex_lock(&t->lock);
-    kv_tree_need(t, changes, &leaves, &inners);
+    kv_tree_need(t, height, changes, &leaves, &inners);
     rc = kv_pool_reserve_locked(t, &t->leaves, leaves, limited, err);
     if (!rc)
         rc = kv_pool_reserve_locked(t, &t->inners, inners, limited, err);
@@ -4056,7 +4056,7 @@ static int kv_delta_reserve(struct kv_tree *t)
     assert(kv_delta_count(kv_tree_current(t)) == 0);
     if (!t->spare) t->spare = kv_version_new(t);
     if (!t->spare) return KVMETA_E_NOMEM;
-    return kv_tree_reserve(t, t->delta_cap, true, NULL);
+    return kv_tree_reserve(t, kv_tree_current(t), t->delta_cap, true, NULL);
 }
 
 /*
@@ -11525,7 +11525,8 @@ static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
     if (r->changes == 0) return KVMETA_OK;
     rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, NULL);
     if (!rc && !edit->in_place)
-        rc = kv_tree_reserve(&db->tree, r->changes, r->puts > 0, NULL);
+        rc = kv_tree_reserve(&db->tree, edit->version, r->changes, r->puts > 0,
+                             NULL);
     return rc;
 }
 
@@ -11727,7 +11728,7 @@ static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
     if (kv_request_defer(db, r)) return KVMETA_OK;
     now = kv_tree_now(&db->tree);
     if (in_place) {
-        rc = kv_tree_reserve(&db->tree, r->changes, r->puts > 0, err);
+        rc = kv_tree_reserve(&db->tree, now, r->changes, r->puts > 0, err);
         if (!rc)
             rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, err);
         if (rc) return rc;

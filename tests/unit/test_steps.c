@@ -646,6 +646,75 @@ static void ascending_keys_leave_full_nodes(struct unit *u)
 }
 
 /* --------------------------------------------------------------------------
+ * Memory for large groups
+ * -------------------------------------------------------------------------- */
+
+enum { TALL_KEY_BYTES = 255, TALL_PUTS = 2500 };
+
+static struct {
+    kvmeta *db;
+    unsigned char keys[TALL_PUTS][TALL_KEY_BYTES];
+    struct kvmeta_op ops[TALL_PUTS];
+    struct kv_request requests[TALL_PUTS];
+    uint32_t heights[TALL_PUTS];         /* of the tree before each put */
+    unsigned applied;
+    unsigned short_of;                   /* puts without enough nodes */
+} tall;
+
+/* A put of the group is about to be made. */
+static void count_free_nodes(void)
+{
+    const struct kv_tree *t = &tall.db->tree;
+    uint64_t leaves, inners;
+
+    kv_tree_need(t, tall.heights[tall.applied], 1, &leaves, &inners);
+    if (t->leaves.free_nodes < leaves || t->inners.free_nodes < inners)
+        tall.short_of++;
+    tall.applied++;
+    meanwhile = count_free_nodes;
+}
+
+/* Goal: a group that makes a tree out of nothing has the nodes that each of
+ * its puts may need, reckoned from what has been built so far. Method: the
+ * widest keys, of which few make a high tree; the same puts, one by one, tell
+ * how high. */
+static void a_group_reserves_for_the_tree_that_it_builds(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, TALL_KEY_BYTES, 0);
+    struct kv_request right = {.exclusive = true};
+
+    options.flags = KVMETA_NO_THREAD;
+    options.vfs = unit_unsynced(u);
+    tall.db = unit_open(u, &options);
+    for (size_t i = 0; i < TALL_PUTS; i++) {
+        unit_key(TALL_KEY_BYTES, i, tall.keys[i]);
+        tall.heights[i] = kv_tree_current(&tall.db->tree)->height;
+        unit_ok(kvmeta_put(tall.db, tall.keys[i], NULL, KVMETA_WRITTEN));
+        tall.ops[i] = (struct kvmeta_op){KVMETA_OP_PUT, tall.keys[i], NULL};
+        tall.requests[i] = (struct kv_request){
+            .ops = &tall.ops[i], .n = 1, .changes = 1, .puts = 1,
+            .durability = KVMETA_WRITTEN,
+            .next = i + 1 < TALL_PUTS ? &tall.requests[i + 1] : NULL};
+    }
+    assert_true(tall.heights[TALL_PUTS - 1] >= 4);
+    unit_close(tall.db);
+    unit_remove_tree(u->dir);
+    tall.db = unit_open(u, &options);
+    tall.applied = tall.short_of = 0;
+    meanwhile_at = "apply";
+    meanwhile = count_free_nodes;
+    assert_true(kv_right_take(tall.db, &right));
+    kv_commit_group(tall.db, tall.requests);
+    kv_right_give(tall.db, NULL);
+    meanwhile = NULL;
+    for (size_t i = 0; i < TALL_PUTS; i++) unit_ok(tall.requests[i].rc);
+    assert_int_equal(tall.applied, TALL_PUTS);
+    assert_int_equal(tall.short_of, 0);
+    unit_ok(kvmeta_verify(tall.db, NULL));
+    unit_close(tall.db);
+}
+
+/* --------------------------------------------------------------------------
  * Reads beside puts
  * -------------------------------------------------------------------------- */
 
@@ -864,6 +933,7 @@ static void a_forked_child_waits_for_nobody(struct unit *u)
 static struct unit_case cases[] = {
     UNIT_CASE(a_forked_child_frees_only_what_nobody_was_changing),
     UNIT_CASE(a_forked_child_waits_for_nobody),
+    UNIT_CASE(a_group_reserves_for_the_tree_that_it_builds),
     UNIT_CASE(a_get_many_of_nothing_in_nothing_touches_nothing),
     UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
