@@ -4881,22 +4881,22 @@ static const char *kv_path_check(const struct kv_cursor *c,
     const struct kv_tree *t = c->tree;
 
     /* From the leaf up, so that a node's first key can be relied on. */
-    for (uint32_t level = 0; level < c->version->height; level++) {
+    for (uint32_t level = 0;; level++) {
         const struct kv_node *node = c->path.nodes[level];
         const char *rule = kv_node_check(t, node);
         struct kv_probe s;
 
+        assert(level < c->version->height);
         if (rule) return rule;
-        if (level + 1 == c->version->height) break;
+        if (level + 1 == c->version->height) return NULL;
         if (c->path.index[level + 1] == 0) continue;
         s = kv_key_at(t, c->path.nodes[level + 1],
                       c->path.index[level + 1] - 1);
         if (kv_probe_compare(t, kv_probe_make(t, last), s) >= 0
             || kv_probe_compare(t, s, kv_node_first_key(t, node)) > 0)
             return "T1: separator";
-        break;
+        return NULL;
     }
-    return NULL;
 }
 
 /* Reads all of a held version. Returns the broken rule, or NULL. Takes as
