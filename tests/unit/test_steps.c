@@ -388,6 +388,63 @@ static void tables_have_a_limit(struct unit *u)
     unit_restore_limit(RLIMIT_NOFILE, files);
 }
 
+/* Ends as a kill does: what was written is there, and nothing is sealed. */
+static void die(kvmeta *db)
+{
+    kv_store_free(db);
+}
+
+/* Goal: lives that end in a kill leave a table each, and after as many as a
+ * manifest can list the next open merges all of them with its logs. Where that
+ * fails the directory is as it was, and a later open does it. Method: the
+ * tables of one life that merges none; faults at each kind of call that the
+ * new table needs. */
+static void an_open_with_as_many_tables_as_there_may_be_merges(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    rlim_t files = unit_raise_limit(RLIMIT_NOFILE);
+    kvmeta *db;
+    uint64_t i;
+
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    db->compaction_stopped = true;
+    for (i = 0; i < KV_TABLES_MAX; i++) {
+        unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+    }
+    unit_ok(kv_rotate(db, true, &u->err));
+    unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+    unit_ok(kv_rotate(db, true, &u->err));
+    unit_fill(db, 0, 1, 7, KVMETA_WRITTEN);
+    die(db);
+
+    u->faults.vfs.file_sync = unit_fault_sync;
+    u->faults.create_suffix = ".tab";
+    atomic_store(&u->faults.create_errno, EMFILE);
+    unit_open_fails(u, &options, KVMETA_E_LIMIT);
+    atomic_store(&u->faults.create_errno, 0);
+    atomic_store(&u->faults.write_errno, ENOSPC);
+    unit_open_fails(u, &options, KVMETA_E_NOSPACE);
+    atomic_store(&u->faults.write_errno, 0);
+    atomic_store(&u->faults.sync_errno, EIO);
+    unit_open_fails(u, &options, KVMETA_E_IO);
+    atomic_store(&u->faults.sync_errno, 0);
+
+    for (unsigned life = 0; life < 2; life++) {
+        db = unit_open(u, &options);
+        assert_int_equal(db->found.open_tables, life ? 1 : KV_TABLES_MAX);
+        assert_int_equal(unit_stats(db).tables, 1);
+        assert_int_equal(kvmeta_count(db), KV_TABLES_MAX + 1);
+        unit_holds(db, 0, 1, 7);
+        unit_holds(db, 1, KV_TABLES_MAX + 1, 0);
+        unit_ok(kvmeta_verify(db, NULL));
+        unit_close(db);
+    }
+    assert_int_equal(unit_files(u, ".tab"), 1);
+    unit_restore_limit(RLIMIT_NOFILE, files);
+}
+
 /* --------------------------------------------------------------------------
  * Groups
  * -------------------------------------------------------------------------- */
@@ -947,6 +1004,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(tables_have_a_limit),
+    UNIT_CASE(an_open_with_as_many_tables_as_there_may_be_merges),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
     UNIT_CASE(batches_that_wait_share_a_sync),
     UNIT_CASE(sizes_beyond_all_memory_are_refused),

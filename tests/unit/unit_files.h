@@ -13,6 +13,9 @@
  * Images of the directory: what "as it was" means
  * -------------------------------------------------------------------------- */
 
+/* More than a manifest lists, with the files beside it. */
+#define UNIT_FILES_MAX 1200
+
 struct unit_file {
     char name[64];
     mode_t mode;
@@ -23,7 +26,7 @@ struct unit_file {
 struct unit_image {
     int there;                       /* the directory exists */
     size_t count;
-    struct unit_file files[128];
+    struct unit_file files[UNIT_FILES_MAX];
 };
 
 UNIT_INLINE unsigned char *unit_read_path(const char *path, size_t *bytes)
@@ -63,7 +66,7 @@ UNIT_INLINE void unit_image_take(const char *path, struct unit_image *image)
             strcmp(entry->d_name, "..") == 0) {
             continue;
         }
-        assert_true(image->count < 128);
+        assert_true(image->count < UNIT_FILES_MAX);
         file = &image->files[image->count++];
         assert_true(strlen(entry->d_name) < sizeof file->name);
         strcpy(file->name, entry->d_name);
