@@ -261,8 +261,12 @@ enum {
 
 /* Ids, commit numbers and counters stay below this: nobody gets so far by
  * counting, and what a hostile file says must not overflow when it is added
- * to. */
+ * to. What is counted on from must be lower: the numbers of a manifest that is
+ * read by half, and ids in names by half again, as the next manifest has a
+ * higher one. */
 #define KV_NUMBER_MAX ((uint64_t)1 << 62)
+#define KV_NUMBER_READ_MAX (KV_NUMBER_MAX / 2)
+#define KV_NUMBER_NAME_MAX (KV_NUMBER_MAX / 4)
 
 _Static_assert((KV_CACHE_LINE & (KV_CACHE_LINE - 1)) == 0, "a power of two");
 _Static_assert(KV_NAME_BYTES > 21, "w<16 digits>.wal with its NUL");
@@ -863,7 +867,7 @@ static void kv_file_name(int kind, uint64_t id, char name[KV_NAME_BYTES])
 /* The kind of file that has this name exactly, or 0 for one that is not
  * ours; *id for logs and tables, else 0. What is not ours is never
  * touched, so this must not be generous: the name is made again and
- * compared, and upper case, or an id beyond KV_NUMBER_MAX, is somebody
+ * compared, and upper case, or an id beyond KV_NUMBER_NAME_MAX, is somebody
  * else's file. */
 static int kv_file_parse_name(const char *name, uint64_t *id)
 {
@@ -887,7 +891,7 @@ static int kv_file_parse_name(const char *name, uint64_t *id)
         n = n << 4 | (uint64_t)(digit - digits);
     }
     kind = name[0] == 'w' ? KV_FILE_LOG : KV_FILE_TABLE;
-    if (n >= KV_NUMBER_MAX / 2) return 0;   /* those that follow must fit */
+    if (n >= KV_NUMBER_NAME_MAX) return 0;
     kv_file_name(kind, n, again);
     if (strcmp(name, again) != 0) return 0;
     *id = n;
@@ -9617,9 +9621,9 @@ static int kv_manifest_read(struct kv_env *env, struct kv_manifest *m,
         rc = kv_manifest_pick(env, &file, bytes, (size_t)size, m, healed, err);
     if (rc) goto done;
     rule = kv_manifest_check(m);
-    /* Half as far as what is written may go: they are counted up from here. */
+    /* They are counted up from here. */
     if (!rule
-        && kv_max(m->gen, kv_max(m->next_id, m->seq)) >= KV_NUMBER_MAX / 2)
+        && kv_max(m->gen, kv_max(m->next_id, m->seq)) >= KV_NUMBER_READ_MAX)
         rule = "S3: numbers";
     if (rule) rc = kv_fail_corrupt(err, &file, 0, "manifest: %s", rule);
 done:
@@ -12142,7 +12146,7 @@ static int kv_listing_add(void *arg, const char *name)
     int kind = kv_file_parse_name(name, &id);
 
     if (!kind) return 0;
-    assert(id < KV_NUMBER_MAX);
+    assert(id < KV_NUMBER_NAME_MAX);
     list->rc = kv_grow(list->env, (void **)&list->files, &list->cap,
                        list->count + 1, sizeof *list->files, NULL);
     if (list->rc) return ENOMEM;

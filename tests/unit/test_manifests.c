@@ -98,6 +98,21 @@ static void other_seq(struct kv_manifest *m)
     m->seq++;
 }
 
+static void highest_generation(struct kv_manifest *m)
+{
+    m->gen = KV_NUMBER_READ_MAX;
+}
+
+static void highest_id(struct kv_manifest *m)
+{
+    m->next_id = KV_NUMBER_READ_MAX;
+}
+
+static void highest_seq(struct kv_manifest *m)
+{
+    m->seq = KV_NUMBER_READ_MAX;
+}
+
 static void other_digest(struct kv_manifest *m)
 {
     m->digest.hi ^= 1;
@@ -130,6 +145,9 @@ static const struct lie {
     {short_table, 0, 0, ".tab"},
     {other_salt, 0, 0, "salt is not the manifest's"},
     {other_seq, 0, 0, "log does not follow"},
+    {highest_generation, 0, 0, "MANIFEST: at 0: manifest: S3"},
+    {highest_id, 0, 0, "MANIFEST: at 0: manifest: S3"},
+    {highest_seq, 0, 0, "MANIFEST: at 0: manifest: S3"},
     {other_digest, 0, 0, "log does not follow"},
     {a_table_less, 0, 0, ".wal: "},
     {a_table_and_the_log_less, 0, 0, "digest of the records"},

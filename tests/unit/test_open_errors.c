@@ -586,6 +586,36 @@ static void files_of_others_are_never_touched(struct unit *u)
     assert_int_equal(rmdir(unit_path(u, "subdirectory")), 0);
 }
 
+/* Goal: a stray file whose name has an id that no store counts up to is
+ * somebody else's. The highest one that is taken for ours is deleted, and
+ * ids go on above it: in a manifest that can be read, life after life. */
+static void ids_beyond_all_counting_are_of_others(struct unit *u)
+{
+    static const char *const names[] = {
+        "t3fffffffffffffff.tab", "w3fffffffffffffff.wal",
+        "t1fffffffffffffff.tab", "w1fffffffffffffff.wal",
+        "t1000000000000000.tab", "t0fffffffffffffff.tab"
+    };
+    struct kvmeta_options options = unit_quiet(u);
+    size_t strangers = sizeof names / sizeof *names - 1;
+
+    unit_make_store(u, 1, 300, 400);
+    for (size_t i = 0; i <= strangers; i++)
+        unit_write_path(unit_path(u, names[i]), "", 0);
+    for (uint64_t life = 0; life < 4; life++) {
+        kvmeta *db = unit_open(u, &options);
+
+        unit_holds(db, 0, 400 + life, 0);
+        assert_int_equal(unit_stats(db).open_garbage_files, life == 0);
+        unit_fill(db, 400 + life, 401 + life, 0, KVMETA_WRITTEN);
+        unit_ok(kvmeta_flush(db));
+        unit_close(db);
+    }
+    for (size_t i = 0; i <= strangers; i++)
+        assert_int_equal(access(unit_path(u, names[i]), F_OK),
+                         i < strangers ? 0 : -1);
+}
+
 /* Goal: an unlisted file of ours is garbage: a read-only open leaves it, the
  * next successful read-write open deletes it and counts it. */
 static void unlisted_files_of_ours_are_deleted_and_counted(struct unit *u)
@@ -719,6 +749,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_read_only_store_refuses_writes_and_changes_nothing),
     UNIT_CASE(a_read_only_store_tells_of_damage_and_heals_nothing),
     UNIT_CASE(files_of_others_are_never_touched),
+    UNIT_CASE(ids_beyond_all_counting_are_of_others),
     UNIT_CASE(unlisted_files_of_ours_are_deleted_and_counted),
     UNIT_CASE(error_texts_never_hold_keys_or_values),
 };
