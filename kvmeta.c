@@ -8054,19 +8054,13 @@ static void kv_log_head_encode(const struct kv_env *env,
     kv_store_le32(block + 124, head->crc);
 }
 
-/*
- * Returns the broken rule, or NULL. `bytes` are there from the start of the
- * file; id is the one in the file's name, and enters the seed: a log under
- * another log's name has a wrong sum. So uuid, id and widths are not compared
- * one by one: the sum binds the block to one store, whose widths never
- * change. Only the width of a slot is, since places are computed from it.
- *
- * The width of the pad decides how far the sum goes, so align is checked
- * before it is believed. After a rule, *head is not to be used.
- */
-static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
-                                      const unsigned char *block,
-                                      uint64_t bytes, struct kv_log_head *head)
+/* As kv_log_head_decode, but whatever the version and the widths are: NULL
+ * says that it is the header of a log with this id, of the store with env's
+ * uuid. The width of the pad decides how far the sum goes, so align is checked
+ * before it is believed. */
+static const char *kv_log_head_sum(const struct kv_env *env, uint64_t id,
+                                   const unsigned char *block, uint64_t bytes,
+                                   struct kv_log_head *head)
 {
     uint32_t align;
 
@@ -8091,6 +8085,24 @@ static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
     if (kv_log_head_crc(env, head->seed, block, (size_t)kv_log_first(align))
         != head->crc)
         return "log header: crc";
+    return NULL;
+}
+
+/*
+ * Returns the broken rule, or NULL. `bytes` are there from the start of the
+ * file; id is the one in the file's name, and enters the seed: a log under
+ * another log's name has a wrong sum. So uuid, id and widths are not compared
+ * one by one: the sum binds the block to one store, whose widths never
+ * change. Only the width of a slot is, since places are computed from it.
+ * After a rule, *head is not to be used.
+ */
+static const char *kv_log_head_decode(const struct kv_env *env, uint64_t id,
+                                      const unsigned char *block,
+                                      uint64_t bytes, struct kv_log_head *head)
+{
+    const char *rule = kv_log_head_sum(env, id, block, bytes, head);
+
+    if (rule) return rule;
     /* After the sum, since these are no damage but another program's. */
     if (kv_load_le32(block + 8) != KV_LOG_VERSION)
         return "log header: version";
@@ -12236,25 +12248,42 @@ _Static_assert(KV_LOG_HEADER_BYTES <= KV_LOG_ALIGN_MAX
                && (int)KV_TABLE_HEADER_BYTES <= (int)KV_LOG_ALIGN_MAX,
                "a header is in what it reads at most");
 
+/* Is it the header of a log or table of another store? The uuid decides, once
+ * the sum is right by the uuid, id and salt that the header itself states;
+ * widths and version are those of whoever wrote it, and not looked at. */
+static bool kv_header_is_foreign(const struct kv_env *env, int kind,
+                                 const unsigned char *bytes, uint64_t size)
+{
+    struct kv_env other = {.crc = env->crc};
+    struct kv_log_head head;
+    uint32_t seed;
+
+    assert(size >= KV_TABLE_HEADER_BYTES);
+    memcpy(other.uuid, bytes + (kind == KV_FILE_LOG ? KV_LOG_UUID_OFF
+                                                    : KV_TABLE_UUID_OFF),
+           KV_UUID_BYTES);
+    if (memcmp(other.uuid, env->uuid, KV_UUID_BYTES) == 0) return false;
+    if (kind == KV_FILE_LOG)
+        return !kv_log_head_sum(&other, kv_load_le64(bytes + 32), bytes, size,
+                                &head);
+    seed = kv_crc_file_seed(&other, kind, kv_load_le64(bytes + 40),
+                            bytes + 48);
+    return kv_load_le64(bytes) == KV_TABLE_MAGIC
+        && kv_load_le32(bytes + 68) == kv_crc_add(&env->crc, seed, bytes, 68);
+}
+
 /*
- * Does the file begin with the header of a log or table of another store? It
- * must be whole: a file that a crash has torn proves nothing. Its sum is
- * checked with the uuid that it holds itself, and with our widths: a header
- * of other widths is not recognised, and its file is garbage like any other.
- * Only the header is read, however large the file is. An error of reading is
- * an error of the open: what cannot be looked at must not be deleted.
+ * Fails if the file begins with the header of a log or table of another store.
+ * It must be whole: a file that a crash has torn proves nothing. Only the
+ * header is read, however large the file is. An error of reading is an error
+ * of the open: what cannot be looked at must not be deleted.
  */
 static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
                             struct kvmeta_error *err)
 {
-    struct kv_env other = {.crc = env->crc, .shape = env->shape};
-    struct kv_log_head head;
     unsigned char *bytes;
     uint64_t size = 0;
-    uint32_t seed;
-    size_t at = file->kind == KV_FILE_LOG ? KV_LOG_UUID_OFF
-                                          : KV_TABLE_UUID_OFF;
-    bool whole = false;
+    bool foreign;
     int rc = kv_file_size(env, file, &size, err);
 
     /* Shorter than either header: of a log's, the rest is checked below. */
@@ -12263,15 +12292,10 @@ static int kv_check_foreign(struct kv_env *env, const struct kv_file *file,
     bytes = kv_alloc(env, (size_t)size);
     if (!bytes) return kv_fail_memory(err, (size_t)size);
     rc = kv_file_read(env, file, bytes, (size_t)size, 0, err);
-    if (!rc) {
-        memcpy(other.uuid, bytes + at, KV_UUID_BYTES);
-        whole = file->kind == KV_FILE_LOG
-            ? !kv_log_head_decode(&other, file->id, bytes, size, &head)
-            : !kv_table_header_decode(&other, file, bytes, &seed, NULL);
-    }
+    foreign = !rc && kv_header_is_foreign(env, file->kind, bytes, size);
     kv_free(env, bytes);
-    if (!whole || memcmp(other.uuid, env->uuid, KV_UUID_BYTES) == 0) return rc;
-    return kv_fail_corrupt(err, file, at, "file of another store");
+    if (foreign) rc = kv_fail_corrupt(err, file, 0, "file of another store");
+    return rc;
 }
 
 /*

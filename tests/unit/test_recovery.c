@@ -165,30 +165,75 @@ static void a_log_of_a_newer_manifest_is_evidence(struct unit *u)
     unit_open_fails(u, &options, KVMETA_E_CORRUPT);
 }
 
-/* Goal: an unlisted table of another store is no garbage of ours: somebody
- * put it there, and it is not deleted. */
-static void an_unlisted_table_of_another_store_is_not_deleted(struct unit *u)
-{
-    struct kvmeta_options options = unit_quiet(u);
-    unsigned char *table;
-    char name[64];
-    size_t bytes;
-    kvmeta *db = unit_open(u, &options);
+/* A foreign file, by its widths, in place of another of the same name. */
+static const struct foreign {
+    uint32_t key_bytes, value_bytes;
+    const char *suffix;
+    const char *name;                    /* NULL: as it was called there */
+} foreigns[] = {
+    {8, 8, ".tab", NULL},
+    {8, 8, ".wal", NULL},
+    {16, 4, ".tab", NULL},
+    {16, 400, ".wal", NULL},
+    {9, 0, ".tab", NULL},
+    {9, 8, ".wal", NULL},
+    {3, 7, ".tab", "t00000000000abcde.tab"},
+    {3, 7, ".wal", "w00000000000abcde.wal"},
+};
 
-    unit_fill(db, 0, 20, 0, KVMETA_DURABLE);
-    unit_ok(kvmeta_flush(db));
-    unit_close(db);
-    assert_true(unit_find(u, ".tab", 0, name));
-    table = unit_read_path(unit_path(u, name), &bytes);
-    unit_remove_tree(u->dir);
+/* Reads the file of a store of its own, which is then removed. */
+static unsigned char *foreign_file(struct unit *u, const struct foreign *f,
+                                   char *name, size_t *bytes)
+{
+    struct kvmeta_options options = unit_options(u, f->key_bytes,
+                                                 f->value_bytes);
+    static const unsigned char zeros[512];
+    unsigned char *file;
+    kvmeta *db;
+
+    options.flags = KVMETA_NO_THREAD;
     db = unit_open(u, &options);
+    unit_ok(kvmeta_put(db, zeros, zeros, KVMETA_DURABLE));
+    if (strcmp(f->suffix, ".tab") == 0) unit_ok(kvmeta_flush(db));
     unit_close(db);
-    unit_write_path(unit_path(u, name), table, bytes);
-    free(table);
-    unit_open_fails(u, &options, KVMETA_E_CORRUPT);
-    assert_non_null(strstr(u->err.message, name));
-    assert_int_equal(unlink(unit_path(u, name)), 0);
-    unit_close(unit_open(u, &options));
+    assert_true(unit_find(u, f->suffix, 0, name));
+    file = unit_read_path(unit_path(u, name), bytes);
+    unit_remove_tree(u->dir);
+    if (f->name) strcpy(name, f->name);
+    return file;
+}
+
+/* Goal: an unlisted file of another store is no garbage of ours, whatever its
+ * widths, its format and its name: somebody put it there, and it is not
+ * deleted. With a header that is damaged, or cut off, it cannot be told from
+ * what a crash of ours has left. */
+static void an_unlisted_file_of_another_store_is_not_deleted(struct unit *u)
+{
+    static const size_t damaged[] = {0, 13, 14, 20, 30, 70};
+    struct kvmeta_options options = unit_quiet(u);
+
+    for (size_t i = 0; i < sizeof foreigns / sizeof *foreigns; i++) {
+        char name[64];
+        size_t bytes;
+        unsigned char *file = foreign_file(u, &foreigns[i], name, &bytes);
+        kvmeta *db = unit_open(u, &options);
+
+        unit_close(db);
+        unit_write_path(unit_path(u, name), file, bytes);
+        unit_open_fails(u, &options, KVMETA_E_CORRUPT);
+        assert_non_null(strstr(u->err.message, name));
+        assert_non_null(strstr(u->err.message, "of another store"));
+        for (size_t k = 0; k <= sizeof damaged / sizeof *damaged; k++) {
+            unit_write_path(unit_path(u, name), file, k ? bytes : 71);
+            if (k) unit_flip(u, name, damaged[k - 1]);
+            db = unit_open(u, &options);
+            assert_int_equal(unit_stats(db).open_garbage_files, 1);
+            unit_close(db);
+            assert_int_equal(access(unit_path(u, name), F_OK), -1);
+        }
+        free(file);
+        unit_remove_tree(u->dir);
+    }
 }
 
 /* --------------------------------------------------------------------------
@@ -378,7 +423,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_torn_tail_is_dropped_and_counted),
     UNIT_CASE(a_damaged_durable_tail_is_corrupt),
     UNIT_CASE(a_log_of_a_newer_manifest_is_evidence),
-    UNIT_CASE(an_unlisted_table_of_another_store_is_not_deleted),
+    UNIT_CASE(an_unlisted_file_of_another_store_is_not_deleted),
     UNIT_CASE(loads_by_several_threads_agree),
     UNIT_CASE(a_range_may_begin_within_a_first_block),
     UNIT_CASE(verify_finds_damaged_memory),
