@@ -11413,8 +11413,29 @@ static void *kv_worker_main(void *arg)
     return NULL;
 }
 
+static bool kv_flush_blocked(struct kvmeta *db);
+static bool kv_flushed(struct kvmeta *db, uint64_t id);
 static bool kv_idle(struct kvmeta *db, uint64_t unused);
 static bool kv_compacted(struct kvmeta *db, uint64_t unused);
+
+static bool kv_heal_wanted(struct kvmeta *db)
+{
+    bool wanted;
+
+    pthread_mutex_lock(&db->state_lock);
+    wanted = db->heal_wanted;
+    pthread_mutex_unlock(&db->state_lock);
+    return wanted;
+}
+
+/* No step will do it, and none will fail to: merges have stopped. A heal that
+ * was asked for would do both. */
+static bool kv_wait_in_vain(struct kvmeta *db,
+                            bool (*over)(struct kvmeta *, uint64_t))
+{
+    if (!db->compaction_stopped || kv_heal_wanted(db)) return false;
+    return over == kv_compacted || (over == kv_flushed && kv_flush_blocked(db));
+}
 
 /*
  * Waits until `over` says so, doing the work itself where there is no thread.
@@ -11442,12 +11463,10 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
 
         if (over(db, target)) return KVMETA_OK;
         if (db->failed) return KVMETA_E_FAILED;
-        /* No step will do it, and none will fail to. */
-        if (over == kv_compacted && db->compaction_stopped)
-            return KVMETA_E_FAILED;
+        if (kv_wait_in_vain(db, over)) return KVMETA_E_FAILED;
         if (!db->has_thread) {
             rc = kv_step_once(db, &did);
-            if (rc < 0 && !(rc == KVMETA_E_CORRUPT && db->heal_wanted))
+            if (rc < 0 && !(rc == KVMETA_E_CORRUPT && kv_heal_wanted(db)))
                 return rc;
             /* That nothing was to be done is idle, whatever others have
              * brought up since. */

@@ -352,7 +352,8 @@ static void logs_that_wait_have_a_limit(struct unit *u)
 
 /* Goal: where compaction has stopped, flushes go on until a manifest can hold
  * no more tables; then they fail, and the logs stay. Writers are refused when
- * as many logs wait as may, instead of waiting for ever. */
+ * as many logs wait as may, instead of waiting for ever; and nobody else waits
+ * for a thread that has nothing to do. */
 static void tables_have_a_limit(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
@@ -380,12 +381,50 @@ static void tables_have_a_limit(struct unit *u)
     unit_key(8, i + 1, key);
     unit_is(kvmeta_put(db, key, key, KVMETA_WRITTEN), KVMETA_E_LIMIT);
     assert_true(db->backlogged);
+    db->has_thread = true;               /* one that finds nothing to do */
+    unit_is(kvmeta_flush(db), KVMETA_E_FAILED);
+    unit_is(kvmeta_compact(db), KVMETA_E_FAILED);
+    unit_ok(kvmeta_wait_idle(db));
+    assert_false(kv_wait_in_vain(db, kv_idle));
+    db->has_thread = false;
     db->compaction_stopped = false;
     unit_ok(kvmeta_compact(db));
     assert_int_equal(unit_stats(db).tables, 1);
     unit_holds(db, 0, i + 1, 0);
     unit_close(db);
     unit_restore_limit(RLIMIT_NOFILE, files);
+}
+
+/* Goal: where compaction has stopped a call for it fails at once, with a
+ * thread, too, that would never do it or fail to; unless damage is to be
+ * healed, which does it. */
+static void a_compaction_that_has_stopped_is_not_waited_for(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 8, 8);
+
+    for (unsigned thread = 0; thread < 2; thread++) {
+        kvmeta *db;
+
+        options.flags = thread ? 0 : KVMETA_NO_THREAD;
+        db = unit_open(u, &options);
+        for (uint64_t i = 0; i < 2; i++) {
+            unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
+            unit_ok(kvmeta_flush(db));
+        }
+        db->compaction_stopped = true;
+        unit_is(kvmeta_compact(db), KVMETA_E_FAILED);
+        assert_int_equal(unit_stats(db).tables, 2);
+        unit_ok(kvmeta_wait_idle(db));
+        pthread_mutex_lock(&db->state_lock);
+        db->heal_wanted = true;
+        pthread_mutex_unlock(&db->state_lock);
+        unit_ok(kvmeta_compact(db));
+        assert_int_equal(unit_stats(db).tables, 1);
+        assert_int_equal(unit_stats(db).heals, 1);
+        unit_holds(db, 0, 2, 0);
+        unit_close(db);
+        unit_remove_tree(u->dir);
+    }
 }
 
 /* Ends as a kill does: what was written is there, and nothing is sealed. */
@@ -1004,6 +1043,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(tables_have_a_limit),
+    UNIT_CASE(a_compaction_that_has_stopped_is_not_waited_for),
     UNIT_CASE(an_open_with_as_many_tables_as_there_may_be_merges),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
     UNIT_CASE(batches_that_wait_share_a_sync),
