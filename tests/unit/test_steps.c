@@ -81,6 +81,68 @@ static void the_worker_sleeps_until_the_first_thing_is_due(struct unit *u)
     unit_close(db);
 }
 
+/* A clock at which the worker is asked for a heal while it makes a plan that
+ * has none, and told to stop when that is done, or when it goes to sleep
+ * before: it asks for the time under the state lock then. */
+static struct {
+    kvmeta *db;                          /* NULL: just a clock */
+    unsigned asked;
+    bool slept;
+} signal_early;
+
+static uint64_t clock_with_signal(void *user)
+{
+    const struct kvmeta_vfs *posix = kvmeta_vfs_posix();
+    kvmeta *db = signal_early.db;
+    bool free = db && pthread_mutex_trylock(&db->state_lock) == 0;
+
+    (void)user;
+    if (free) pthread_mutex_unlock(&db->state_lock);
+    if (db && !free) signal_early.slept = true;
+    if (free && signal_early.asked++ == 0) {
+        db->heal_wanted = true;
+        kv_store_wake(db);
+    }
+    if (db && (signal_early.slept || db->counters.heals > 0))
+        db->stopping = true;
+    return posix->clock_ns(posix->user);
+}
+
+/* Goal: a signal that reaches the worker after it has looked for work, and
+ * before it sleeps, is not lost. Method: the worker's function in this thread;
+ * a time to try again that is over, so that it would not sleep for ever. And
+ * kvmeta_verify, which asks for heals, leaves such a signal. */
+static void a_signal_before_the_worker_sleeps_is_not_lost(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    char name[64];
+    kvmeta *db;
+
+    faults->vfs.clock_ns = clock_with_signal;
+    options.vfs = &faults->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, KVMETA_DURABLE);
+    unit_ok(kvmeta_flush(db));
+    db->mark_dirty = false;
+    db->woken = false;
+    db->retry_ns = 1;
+    memset(&signal_early, 0, sizeof signal_early);
+    signal_early.db = db;
+    kv_worker_main(db);
+    signal_early.db = NULL;
+    assert_false(signal_early.slept);
+    assert_int_equal(unit_stats(db).heals, 1);
+    assert_false(db->woken);
+
+    assert_true(unit_find(u, ".tab", 0, name));
+    unit_flip(u, name, unit_size(u, name) / 2);
+    unit_is(kvmeta_verify(db, NULL), KVMETA_E_CORRUPT);
+    assert_true(db->woken);
+    unit_flip(u, name, unit_size(u, name) / 2);
+    unit_close(db);
+}
+
 static unsigned asked;
 
 /* Over when asked for the third time; until then there was an error that has
@@ -1033,6 +1095,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_get_many_of_nothing_in_nothing_touches_nothing),
     UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
+    UNIT_CASE(a_signal_before_the_worker_sleeps_is_not_lost),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
     UNIT_CASE(a_wait_is_over_though_there_is_more_to_do),
