@@ -8658,8 +8658,8 @@ static void kv_run_free(struct kv_env *env, struct kv_run *run)
 
 /* Is there a whole frame at `pos` that follows the chain? Otherwise *reason
  * says how it looks: no header of ours (also one that does not name the frame
- * before), or a header whose body is not there in full. After true *reason
- * means nothing. pos is at most the size of the file; nothing behind that is
+ * before), or a header whose body is not there in full. After true it is
+ * KVMETA_TORN_NONE. pos is at most the size of the file; nothing behind that is
  * read, whatever the header says. */
 static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
                             uint64_t pos, struct kv_frame *f, int *reason)
@@ -8679,9 +8679,11 @@ static bool kv_run_frame_at(const struct kv_env *env, const struct kv_run *run,
     if (f->entries > (run->size - pos) / run->head.slot_bytes) return false;
     end = kv_frame_end(&run->head, pos, f->entries, f->synced);
     if (end > run->size) return false;
-    return kv_crc_add(&env->crc, run->head.seed,
-                      run->bytes + pos + KV_FRAME_BYTES,
-                      (size_t)(end - pos - KV_FRAME_BYTES)) == f->bcrc;
+    if (kv_crc_add(&env->crc, run->head.seed, run->bytes + pos + KV_FRAME_BYTES,
+                   (size_t)(end - pos - KV_FRAME_BYTES)) != f->bcrc)
+        return false;
+    *reason = KVMETA_TORN_NONE;
+    return true;
 }
 
 /* Adds the entries of a valid frame, and moves the end of the chain behind

@@ -131,6 +131,15 @@ static void a_damaged_durable_tail_is_corrupt(struct unit *u)
         unit_open_fails(u, &options, KVMETA_E_CORRUPT);
         unit_image_restore(u->dir, &image);
     }
+    /* What is wrong is said: at a frame's end, within its header or body. */
+    for (off = last; off <= last + 65; off += off == last ? 1 : 64) {
+        assert_int_equal(truncate(unit_path(u, name), (off_t)off), 0);
+        unit_open_fails(u, &options, KVMETA_E_CORRUPT);
+        assert_non_null(strstr(u->err.message, off == last ? "the log ends, but"
+                               : off == last + 1 ? "no valid frame header, but"
+                               : "frame: body crc, but"));
+        unit_image_restore(u->dir, &image);
+    }
     want_torn(u, 20, KVMETA_TORN_NONE);
     unit_image_free(&image);
 }
