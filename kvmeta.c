@@ -9855,6 +9855,9 @@ struct kvmeta {
                                              looked at by who waits for one */
     uint64_t background_synced;     /* kv_job_log_sync has synced the live log
                                        up to here, or one before it */
+    int between_failed;             /* enum kv_step: what failed last between
+                                       the blocks of a step, 0: nothing */
+    uint64_t between_retry_ns;      /* it is not tried there before this */
 
     /* Swap lock: held over the I/O of a swap, from the copy of the manifest
      * on, so that no change of it is lost. Rotations and steps swap. */
@@ -11299,8 +11302,10 @@ static void kv_step_report(struct kvmeta *db, const struct kv_plan *plan,
  * The steps that cannot wait for the end of the one that runs. Called from
  * within it, so the job lock is held by this thread; none of these steps
  * touches a table, or calls in here again. An error is kept and does not end
- * the step around it. The outcome is not reported as a step's own: that one
- * has not ended, and its waiters are not to be woken.
+ * the step around it; what has failed is not tried again for a while, however
+ * many blocks there are, but something else may be. The outcome is not
+ * reported as a step's own: that one has not ended, and its waiters are not to
+ * be woken.
  */
 static void kv_step_between(void *arg)
 {
@@ -11313,8 +11318,13 @@ static void kv_step_between(void *arg)
     if (!plan.step) plan.step = kv_plan_ahead(db);
     if (!plan.step) return;
     assert(plan.step > KV_STEP_MERGE);
+    if ((int)plan.step == db->between_failed
+        && kv_now(db) < db->between_retry_ns)
+        return;
     rc = kv_step_do(db, &plan, &err);
     if (!rc) return;
+    db->between_failed = (int)plan.step;
+    db->between_retry_ns = kv_now(db) + KV_RETRY_NS;
     pthread_mutex_lock(&db->state_lock);
     db->background_error = err;
     pthread_mutex_unlock(&db->state_lock);

@@ -325,6 +325,61 @@ static void a_log_that_is_made_too_late_is_removed(struct unit *u)
     check_slow(u, db);
 }
 
+static uint64_t set_clock_ns;
+
+static uint64_t set_clock(void *user)
+{
+    (void)user;
+    return set_clock_ns;
+}
+
+/* Goal: what fails between the blocks of a long step is tried again after a
+ * while, not with each block; what else is due is done meanwhile. Method: the
+ * next log cannot be made; the clock is set by hand. */
+static void what_fails_between_blocks_is_tried_after_a_while(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    uint_fast64_t syncs;
+    kvmeta *db;
+
+    set_clock_ns = UINT64_C(5000000000);
+    faults->vfs.clock_ns = set_clock;
+    faults->create_suffix = ".wal";
+    options.vfs = &faults->vfs;
+    options.log_bytes_max = 65536;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 500, 0, KVMETA_WRITTEN);
+    db->mark_dirty = false;
+    atomic_store(&faults->create_errno, EMFILE);
+    u->log_bytes = 0;
+    for (unsigned i = 0; i < 100; i++) kv_step_between(db);
+    assert_int_equal(unit_stats(db).background_errors, 1);
+    assert_null(strchr(strchr(u->log, '\n') + 1, '\n'));
+
+    db->mark_dirty = true;
+    db->dirty_since_ns = set_clock_ns - KV_MARK_SYNC_NS;
+    syncs = atomic_load(&faults->syncs);
+    for (unsigned i = 0; i < 100; i++) kv_step_between(db);
+    assert_true(atomic_load(&faults->syncs) == syncs + 1);
+    assert_false(db->mark_dirty);
+    assert_int_equal(unit_stats(db).background_errors, 1);
+
+    for (unsigned more = 2; more < 4; more++) {
+        set_clock_ns += KV_RETRY_NS - 1;
+        kv_step_between(db);
+        assert_int_equal(unit_stats(db).background_errors, more - 1);
+        set_clock_ns++;
+        for (unsigned i = 0; i < 100; i++) kv_step_between(db);
+        assert_int_equal(unit_stats(db).background_errors, more);
+    }
+    atomic_store(&faults->create_errno, 0);
+    set_clock_ns += KV_RETRY_NS;
+    kv_step_between(db);
+    assert_true(db->prepared.file.open);
+    unit_close(db);
+}
+
 /* Goal: a step that is braked stops soon when it is told to. */
 static void a_braked_step_stops_when_it_is_told_to(struct unit *u)
 {
@@ -1102,6 +1157,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_log_sync_without_a_log_does_nothing),
     UNIT_CASE(a_log_may_be_sealed_while_it_is_synced),
     UNIT_CASE(a_log_that_is_made_too_late_is_removed),
+    UNIT_CASE(what_fails_between_blocks_is_tried_after_a_while),
     UNIT_CASE(a_braked_step_stops_when_it_is_told_to),
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(logs_that_wait_have_a_limit),
