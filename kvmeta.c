@@ -9737,6 +9737,7 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
 enum {
     KV_MARK_SYNC_NS = 100 * 1000 * 1000, /* kvmeta.h names this time */
     KV_RETRY_NS = 200 * 1000 * 1000,     /* after a failed step */
+    KV_WAIT_NS = 20 * 1000 * 1000,       /* at a time, for a step to end */
     KV_IN_PLACE_MAX = 128,        /* changes made while readers wait */
     KV_GROUP_BYTES_MAX = 4 << 20, /* of entries; one batch may have more */
     KV_LOG_FRAME_BYTES_MAX = INT32_MAX   /* of the entries of one batch */
@@ -9987,6 +9988,44 @@ static void kv_store_wake(struct kvmeta *db)
     db->woken = true;
     pthread_cond_signal(&db->work);
     pthread_mutex_unlock(&db->state_lock);
+}
+
+/* A condition for kv_cond_wait_ns, whose waits do not depend on what the
+ * system's clock is set to. macOS cannot tie one to a clock, but has waits of
+ * a given length. */
+static int kv_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attr;
+    int e = pthread_condattr_init(&attr);
+
+    if (e) return e;
+#if !defined(__APPLE__)
+    e = pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+#endif
+    if (!e) e = pthread_cond_init(cond, &attr);
+    pthread_condattr_destroy(&attr);
+    return e;
+}
+
+/* Waits until the condition is signalled, for `ns` at most, or for no reason
+ * at all. State lock held, which is let go of meanwhile. */
+static void kv_cond_wait_ns(struct kvmeta *db, pthread_cond_t *cond,
+                            uint64_t ns)
+{
+    struct timespec until = {0, 0};
+
+#if !defined(__APPLE__)
+    clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+    ns += (uint64_t)until.tv_nsec;
+    until.tv_sec += (time_t)(ns / 1000000000);
+    until.tv_nsec = (long)(ns % 1000000000);
+    assert(until.tv_nsec >= 0);
+#if defined(__APPLE__)
+    pthread_cond_timedwait_relative_np(cond, &db->state_lock, &until);
+#else
+    pthread_cond_timedwait(cond, &db->state_lock, &until);
+#endif
 }
 
 /*
@@ -11374,28 +11413,17 @@ static uint64_t kv_worker_due_locked(const struct kvmeta *db)
 /*
  * Sleeps until something is due, or until it is woken, or for no reason: the
  * caller makes a new plan in any case. The vfs's clock says how long; only
- * the waiting itself goes by the system's clock, since that is what condition
- * variables know everywhere. If that clock is set while this waits, the wait
- * ends too early or too late.
+ * the waiting itself goes by the system's monotonic clock.
  */
 static void kv_worker_sleep_locked(struct kvmeta *db)
 {
     uint64_t due = kv_worker_due_locked(db);
     uint64_t now = kv_now(db);
-    uint64_t wait = due > now ? due - now : 0;
-    struct timespec until;
 
-    if (!due) {
+    if (!due)
         pthread_cond_wait(&db->work, &db->state_lock);
-        return;
-    }
-    if (wait == 0) return;
-    clock_gettime(CLOCK_REALTIME, &until);
-    wait += (uint64_t)until.tv_nsec;
-    until.tv_sec += (time_t)(wait / 1000000000);
-    until.tv_nsec = (long)(wait % 1000000000);
-    assert(until.tv_nsec >= 0);
-    pthread_cond_timedwait(&db->work, &db->state_lock, &until);
+    else if (due > now)
+        kv_cond_wait_ns(db, &db->work, due - now);
 }
 
 /*
@@ -11457,7 +11485,7 @@ static bool kv_wait_in_vain(struct kvmeta *db,
  * No lock may be held, nor the commit right: steps take them. `over` takes
  * locks of its own, so it is asked before the state lock is taken, and an end
  * that comes in between is not signalled to us any more. That is why a wait
- * lasts 20 ms at most. Each round wakes the worker, which may have missed
+ * lasts KV_WAIT_NS at most. Each round wakes the worker, which may have missed
  * what the caller has changed.
  *
  * Without a thread, a step that finds nothing to do although `over` does not
@@ -11492,16 +11520,7 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
             && db->background_error.code && !db->heal_wanted)
             rc = db->background_error.code;
         pthread_cond_signal(&db->work);
-        if (!rc) {
-            struct timespec until;
-
-            clock_gettime(CLOCK_REALTIME, &until);
-            until.tv_nsec += 20000000;           /* `over` has its own locks */
-            until.tv_sec += until.tv_nsec / 1000000000;
-            until.tv_nsec %= 1000000000;
-            assert(until.tv_nsec >= 0);
-            pthread_cond_timedwait(&db->progress, &db->state_lock, &until);
-        }
+        if (!rc) kv_cond_wait_ns(db, &db->progress, KV_WAIT_NS);
         pthread_mutex_unlock(&db->state_lock);
         if (rc) return rc;
     }
@@ -12965,8 +12984,8 @@ static int kv_store_make_locks(struct kvmeta *db)
     if (!e) e = pthread_mutex_init(&db->state_lock, NULL);
     if (!e) e = pthread_cond_init(&db->rooms[0], NULL);
     if (!e) e = pthread_cond_init(&db->rooms[1], NULL);
-    if (!e) e = pthread_cond_init(&db->work, NULL);
-    if (!e) e = pthread_cond_init(&db->progress, NULL);
+    if (!e) e = kv_cond_init(&db->work);
+    if (!e) e = kv_cond_init(&db->progress);
     db->locks_made = e == 0;
     return e;
 }

@@ -38,6 +38,7 @@ enum os_call {
     OS_MADVISE,
     OS_MUTEX,
     OS_COND,
+    OS_CONDATTR,
     OS_THREAD,
     OS_SYSCONF,
     OS_CALLS
@@ -210,6 +211,17 @@ static int os_cond_init(pthread_cond_t *c, const pthread_condattr_t *a)
     return os_hit(OS_COND) ? os_fault.error : pthread_cond_init(c, a);
 }
 
+static int os_condattr_init(pthread_condattr_t *a)
+{
+    return os_hit(OS_CONDATTR) ? os_fault.error : pthread_condattr_init(a);
+}
+
+static int os_condattr_setclock(pthread_condattr_t *a, clockid_t clock)
+{
+    return os_hit(OS_CONDATTR) ? os_fault.error
+                               : pthread_condattr_setclock(a, clock);
+}
+
 static int os_thread(pthread_t *t, const pthread_attr_t *a,
                      void *(*fn)(void *arg), void *arg)
 {
@@ -234,6 +246,8 @@ static int os_thread(pthread_t *t, const pthread_attr_t *a,
 #define madvise(p, n, how) os_madvise(p, n, how)
 #define pthread_mutex_init(m, a) os_mutex_init(m, a)
 #define pthread_cond_init(c, a) os_cond_init(c, a)
+#define pthread_condattr_init(a) os_condattr_init(a)
+#define pthread_condattr_setclock(a, clock) os_condattr_setclock(a, clock)
 #define pthread_create(t, a, fn, arg) os_thread(t, a, fn, arg)
 #define sysconf(what) os_sysconf(what)
 #define sched_yield() os_yield()
@@ -372,8 +386,10 @@ static void a_lock_or_thread_that_is_refused_fails_the_open(struct unit *u)
         os_fail(OS_MUTEX, at, ENOMEM);
         unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
     }
-    for (unsigned at = 1; at <= 2; at++) {
+    for (unsigned at = 1; at <= 4; at++) {
         os_fail(OS_COND, at, EAGAIN);
+        unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
+        os_fail(OS_CONDATTR, at, ENOMEM);
         unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
     }
     os_fail(OS_THREAD, 1, EAGAIN);

@@ -37,6 +37,19 @@ static void *checked_memset(void *to, int byte, size_t bytes)
 
 #undef memset
 #define memset(to, byte, bytes) checked_memset(to, byte, bytes)
+
+/* The system's clock as if it was set back by an hour each time that somebody
+ * looks at it: a wait that goes by it ends before it has begun. */
+static int clock_set_back(clockid_t id, struct timespec *time)
+{
+    int rc = clock_gettime(id, time);
+
+    if (id == CLOCK_REALTIME) time->tv_sec -= 3600;
+    return rc;
+}
+
+#define clock_gettime(id, time) clock_set_back(id, time)
+
 #include "../../kvmeta.c"
 #undef memset
 
@@ -78,6 +91,36 @@ static void the_worker_sleeps_until_the_first_thing_is_due(struct unit *u)
     db->failed = KVMETA_OK;
     db->mark_dirty = db->unsynced = false;
     db->retry_ns = 0;
+    unit_close(db);
+}
+
+static unsigned asked;
+
+static bool over_when_asked_again(struct kvmeta *db, uint64_t unused)
+{
+    (void)db, (void)unused;
+    return asked++ > 0;
+}
+
+/* Goal: how long the worker sleeps, and how long others wait for it, does not
+ * depend on what the system's clock is set to. Method: nobody signals. */
+static void a_clock_that_is_set_back_changes_no_wait(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    uint64_t begin = kv_now(db);
+
+    asked = 0;
+    db->has_thread = true;
+    unit_ok(kv_wait(db, over_when_asked_again, 0));
+    db->has_thread = false;
+    assert_true(kv_now(db) - begin >= KV_WAIT_NS);
+    begin = kv_now(db);
+    db->retry_ns = begin + KV_WAIT_NS;
+    pthread_mutex_lock(&db->state_lock);
+    kv_worker_sleep_locked(db);
+    pthread_mutex_unlock(&db->state_lock);
+    assert_true(kv_now(db) - begin >= KV_WAIT_NS);
     unit_close(db);
 }
 
@@ -143,8 +186,6 @@ static void a_signal_before_the_worker_sleeps_is_not_lost(struct unit *u)
     unit_close(db);
 }
 
-static unsigned asked;
-
 /* Over when asked for the third time; until then there was an error that has
  * been overcome, then one that a heal will overcome. */
 static bool over_after_errors(struct kvmeta *db, uint64_t unused)
@@ -170,12 +211,6 @@ static void an_error_that_is_overcome_ends_no_wait(struct unit *u)
     assert_int_equal(asked, 3);
     db->has_thread = false;
     unit_close(db);
-}
-
-static bool over_when_asked_again(struct kvmeta *db, uint64_t unused)
-{
-    (void)db, (void)unused;
-    return asked++ > 0;
 }
 
 /* Goal: a wait without a thread that finds nothing to do is over if another
@@ -1150,6 +1185,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_get_many_of_nothing_in_nothing_touches_nothing),
     UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
+    UNIT_CASE(a_clock_that_is_set_back_changes_no_wait),
     UNIT_CASE(a_signal_before_the_worker_sleeps_is_not_lost),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
