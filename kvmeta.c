@@ -9520,8 +9520,8 @@ static const char *kv_manifest_check(const struct kv_manifest *m)
         if (t->records < 1 || t->tombstones > t->records)
             return "S5: table counts";
         /* Gaps are allowed: a flush or a merge of which no record is left has
-         * no table. */
-        if (i > 0 && t->seq_first <= seq) return "S6: table order";
+         * no table. Commits are counted from 1. */
+        if (t->seq_first <= seq) return "S6: table order";
         if (t->seq_last < t->seq_first) return "S6: table order";
         seq = t->seq_last;
     }

@@ -83,6 +83,11 @@ static void tables_overlap(struct kv_manifest *m)
     m->tables[1].seq_first = m->tables[0].seq_last;
 }
 
+static void first_seq_0(struct kv_manifest *m)
+{
+    m->tables[0].seq_first = 0;
+}
+
 static void short_table(struct kv_manifest *m)
 {
     m->tables[0].bytes = 8;
@@ -142,6 +147,7 @@ static const struct lie {
     {other_first_seq, 0, 0, "footer differs from the manifest"},
     {other_last_seq, 0, 0, "footer differs from the manifest"},
     {tables_overlap, 0, 0, "S6: table order"},
+    {first_seq_0, 0, 0, "S6: table order"},
     {short_table, 0, 0, ".tab"},
     {other_salt, 0, 0, "salt is not the manifest's"},
     {other_seq, 0, 0, "log does not follow"},
