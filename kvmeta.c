@@ -12605,7 +12605,8 @@ static int kv_recover_split(struct kv_recovery *rec, struct kvmeta_error *err)
     if (!rec->bounds || !rec->loaders)
         return kv_fail_memory(err, rec->ranges * sizeof *rec->loaders);
     for (size_t i = 1; i < rec->ranges; i++) {
-        size_t at = points * i / rec->ranges;
+        /* Of 64 bits: the product may have more than a size_t has. */
+        size_t at = (size_t)((uint64_t)points * i / rec->ranges);
         const unsigned char *key = table ? kv_table_block_key(table, at)
             : run->bytes + (uint64_t)run->items[at].place * 8 + KV_ENTRY_BYTES;
 
