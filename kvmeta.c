@@ -1180,12 +1180,14 @@ static int kv_posix_dir_create(void *user, const char *path)
 
 /* Makes data and size durable. fdatasync leaves out times, which nobody
  * reads here, but not the size, without which data could not be read. On
- * macOS fsync does not flush the disk's own cache, and F_FULLFSYNC does;
- * file systems that do not know it get an fsync. */
+ * macOS fsync does not flush the disk's own cache, and F_FULLFSYNC does; only
+ * file systems that do not know it get an fsync. Any other error of it counts:
+ * an fsync after it might succeed without what could not be written. */
 static int kv_posix_sync_fd(int fd)
 {
-#if defined(__APPLE__)
+#if defined(F_FULLFSYNC)
     if (fcntl(fd, F_FULLFSYNC) == 0) return 0;
+    if (errno != ENOTSUP && errno != EINVAL && errno != ENOTTY) return errno;
     return fsync(fd) == 0 ? 0 : errno;
 #elif defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__)
     return fdatasync(fd) == 0 ? 0 : errno;
