@@ -117,8 +117,11 @@
  *   tree lock      short: node memory, the list of versions
  *
  * Gets take none of them. Whoever takes a snapshot, or asks for the count or
- * the digest, takes the delta lock; releasing one takes the tree lock. No lock
- * is held over log_fn.
+ * the digest, takes the delta lock; releasing one takes the tree lock.
+ *
+ * The last five are not held over log_fn. The job lock, the commit right and
+ * the swap lock may be: steps, writers and swaps wait for what it does, and a
+ * call of the store from there could wait for itself. Readers do not wait.
  *
  * 6. A CRASH at each step leaves:
  *
@@ -776,9 +779,9 @@ static int kv_grow(struct kv_env *env, void **array, size_t *cap, size_t need,
     return KVMETA_OK;
 }
 
-/* Tells the host's log_fn, if there is one. Never under the state, queue,
- * delta or tree lock: the host may take its time, and locks of its own.
- * level: enum kvmeta_log_level. */
+/* Tells the host's log_fn, if there is one. Never under the mark, state, queue,
+ * delta or tree lock: the host may take its time, and readers must not wait
+ * for it. level: enum kvmeta_log_level. */
 KV_PRINTF(3, 4)
 static void kv_log(struct kv_env *env, int level, const char *format, ...)
 {
@@ -9720,7 +9723,7 @@ static int kv_manifest_store(struct kv_env *env, const struct kv_manifest *m,
  * What a handle holds, by who may touch it, and the small things that every
  * section below needs: failing for good, swapping the manifest, ids.
  * Lock order: job, commit right, swap, mark, state. State and queue are never
- * held over I/O or log_fn.
+ * held over I/O or log_fn, and the mark lock not over log_fn.
  *
  * Job lock, commit right, swap lock and mark lock are held over I/O, each for
  * the one thing that it orders: steps, commits, manifests, marks. Readers

@@ -222,7 +222,10 @@ struct kvmeta_options {
     void *(*realloc_fn)(void *user, void *old, size_t bytes);
 
     /* Told of what an operator wants to know: recovery, healing, background
-     * errors. No lock is held; must not call back into the store. */
+     * errors. Called from any thread, also at the same time. Writers and the
+     * background may have to wait until it returns, readers do not. Must not
+     * call back into the store, nor wait for a thread that does: such a wait
+     * might never end. */
     void (*log_fn)(void *user, int level, const char *message);
 
     void *user;              /* handed to realloc_fn and log_fn */

@@ -459,6 +459,111 @@ static void a_heal_of_a_store_that_has_failed_does_nothing(struct unit *u)
 }
 
 /* --------------------------------------------------------------------------
+ * What the host is told, and under which locks
+ * -------------------------------------------------------------------------- */
+
+static struct {
+    kvmeta *db;                          /* NULL: do not look */
+    unsigned messages;
+    unsigned held;
+} locks;
+
+static void look_at_locks(void *user, int level, const char *message)
+{
+    kvmeta *db = locks.db;
+
+    unit_log(user, level, message);
+    if (!db) return;
+    pthread_mutex_t *short_ones[] = {
+        &db->mark_lock, &db->state_lock, &db->queue_lock,
+        &db->tree.delta_lock, &db->tree.lock
+    };
+    locks.messages++;
+    for (size_t i = 0; i < sizeof short_ones / sizeof *short_ones; i++) {
+        if (pthread_mutex_trylock(short_ones[i]) == 0)
+            pthread_mutex_unlock(short_ones[i]);
+        else
+            locks.held++;
+    }
+}
+
+static int refuse_rename(void *user, int dir, const char *from, const char *to)
+{
+    (void)user, (void)dir, (void)from, (void)to;
+    return EIO;
+}
+
+static int refuse_unlink(void *user, int dir, const char *name)
+{
+    (void)user, (void)dir;
+    return strstr(name, ".wal") ? EIO : 0;
+}
+
+/* Makes the store say something, by the call of the vfs that fails. */
+static void provoke(struct unit *u, kvmeta *db, unsigned how)
+{
+    struct unit_faults *faults = &u->faults;
+    unsigned char key[8] = {1};
+    char name[64];
+
+    faults->vfs.unlink = how == 5 ? refuse_unlink : faults->vfs.unlink;
+    switch (how) {
+    case 0:
+        atomic_store(&faults->sync_errno, EIO);
+        unit_is(kvmeta_put(db, key, key, KVMETA_DURABLE), KVMETA_E_IO);
+        break;
+    case 1:
+        atomic_store(&faults->write_errno, EIO);
+        while (kvmeta_put(db, key, key, KVMETA_BUFFERED) == KVMETA_OK) key[0]++;
+        break;
+    case 2:
+        faults->vfs.rename = refuse_rename;
+        unit_is(kvmeta_flush(db), KVMETA_E_IO);
+        break;
+    case 3:
+        atomic_store(&faults->create_errno, EMFILE);
+        unit_is(kvmeta_flush(db), KVMETA_E_LIMIT);
+        break;
+    case 4:
+        assert_true(unit_find(u, ".tab", 0, name));
+        unit_flip(u, name, unit_size(u, name) / 2);
+        unit_is(kvmeta_verify(db, NULL), KVMETA_E_CORRUPT);
+        unit_ok(kvmeta_wait_idle(db));
+        assert_int_equal(unit_stats(db).heals, 1);
+        break;
+    default:
+        unit_ok(kvmeta_flush(db));
+    }
+}
+
+/* Goal: the host is told of what happens while none of the locks is held that
+ * readers may want, whatever fails. */
+static void nothing_is_told_under_a_short_lock(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+
+    options.log_fn = look_at_locks;
+    for (unsigned how = 0; how <= 5; how++) {
+        kvmeta *db;
+
+        options.vfs = &unit_faults_init(u)->vfs;
+        u->faults.create_suffix = ".tab";
+        db = unit_open(u, &options);
+        unit_fill(db, 0, 100, 0, KVMETA_DURABLE);
+        unit_ok(kvmeta_flush(db));
+        unit_fill(db, 0, 200, 7, KVMETA_DURABLE);
+        memset(&locks, 0, sizeof locks);
+        locks.db = db;
+        provoke(u, db, how);
+        locks.db = NULL;
+        assert_true(locks.messages > 0);
+        assert_int_equal(locks.held, 0);
+        (void)kvmeta_close(db);
+        unit_remove_tree(u->dir);
+    }
+}
+
+/* --------------------------------------------------------------------------
  * Logs that wait
  * -------------------------------------------------------------------------- */
 
@@ -1196,6 +1301,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(what_fails_between_blocks_is_tried_after_a_while),
     UNIT_CASE(a_braked_step_stops_when_it_is_told_to),
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
+    UNIT_CASE(nothing_is_told_under_a_short_lock),
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(tables_have_a_limit),
     UNIT_CASE(a_compaction_that_has_stopped_is_not_waited_for),
