@@ -226,6 +226,26 @@ static void what_another_thread_has_done_ends_a_wait(struct unit *u)
     unit_close(db);
 }
 
+static bool never_over(struct kvmeta *db, uint64_t unused)
+{
+    (void)db, (void)unused;
+    return false;
+}
+
+/* Goal: without a thread a wait for what no step brings about ends, when there
+ * are no more steps to do. */
+static void what_no_step_brings_about_is_not_waited_for(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+
+    unit_fill(db, 0, 10, 0, KVMETA_WRITTEN);
+    unit_ok(kv_rotate(db, true, &u->err));
+    unit_is(kv_wait(db, never_over, 0), KVMETA_E_FAILED);
+    assert_int_equal(unit_stats(db).flushes, 1);
+    unit_close(db);
+}
+
 /* Goal: what was wanted is over once it is done, though writers have left
  * more of the same meanwhile: a log, or a table. */
 static void a_wait_is_over_though_there_is_more_to_do(struct unit *u)
@@ -1294,6 +1314,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_signal_before_the_worker_sleeps_is_not_lost),
     UNIT_CASE(an_error_that_is_overcome_ends_no_wait),
     UNIT_CASE(what_another_thread_has_done_ends_a_wait),
+    UNIT_CASE(what_no_step_brings_about_is_not_waited_for),
     UNIT_CASE(a_wait_is_over_though_there_is_more_to_do),
     UNIT_CASE(a_log_sync_without_a_log_does_nothing),
     UNIT_CASE(a_log_may_be_sealed_while_it_is_synced),
