@@ -672,6 +672,26 @@ static void tables_have_a_limit(struct unit *u)
     unit_restore_limit(RLIMIT_NOFILE, files);
 }
 
+/* Goal: a writer that waits for the background when writing stops gets the
+ * error of a store that has failed, not one that passes. */
+static void who_waits_when_writing_stops_hears_of_it(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    unsigned char key[8] = {1};
+    kvmeta *db;
+
+    options.vfs = &unit_faults_init(u)->vfs;
+    db = unit_open(u, &options);
+    unit_fill(db, 0, 10, 0, KVMETA_WRITTEN);
+    atomic_store(&u->faults.sync_errno, EIO);
+    unit_is(kvmeta_put(db, key, key, KVMETA_DURABLE), KVMETA_E_IO);
+    atomic_store(&u->faults.sync_errno, 0);
+    db->backlogged = true;
+    unit_is(kvmeta_put(db, key, key, KVMETA_WRITTEN), KVMETA_E_FAILED);
+    assert_int_equal(unit_stats(db).stalls, 1);
+    unit_is(kvmeta_close(db), KVMETA_E_FAILED);
+}
+
 /* Goal: where compaction has stopped a call for it fails at once, with a
  * thread, too, that would never do it or fail to; unless damage is to be
  * healed, which does it. */
@@ -1325,6 +1345,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(nothing_is_told_under_a_short_lock),
     UNIT_CASE(logs_that_wait_have_a_limit),
     UNIT_CASE(tables_have_a_limit),
+    UNIT_CASE(who_waits_when_writing_stops_hears_of_it),
     UNIT_CASE(a_compaction_that_has_stopped_is_not_waited_for),
     UNIT_CASE(an_open_with_as_many_tables_as_there_may_be_merges),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
