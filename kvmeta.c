@@ -2306,7 +2306,7 @@ static void kv_line_rank_many(const struct kv_tree *t,
                               size_t *at)
 {
     const int64_t *heads[KV_BATCH] = {NULL};
-    size_t less[KV_BATCH];
+    size_t less[KV_BATCH] = {0};
 
     for (size_t i = 0; i < n; i++)
         heads[i] = kv_heads(nodes[i]) + kv_line_first(at[i]);
@@ -2365,7 +2365,7 @@ static void kv_inner_child_many(const struct kv_tree *t,
                                 const struct kv_node **nodes, size_t n)
 {
     const int64_t *index[KV_BATCH] = {NULL};
-    size_t at[KV_BATCH];
+    size_t at[KV_BATCH] = {0};
 
     for (size_t i = 0; i < n; i++) {
         index[i] = kv_index(t, nodes[i]);
@@ -4913,7 +4913,7 @@ static const char *kv_path_check(const struct kv_cursor *c,
  * one before is at hand. */
 static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
 {
-    unsigned char keys[2][KV_CURSOR_KEY_BYTES];
+    unsigned char keys[2][KV_CURSOR_KEY_BYTES] = {{0}};
     struct kvmeta_digest digest = {0, 0};
     struct kv_cursor c;
     uint64_t count = 0;
