@@ -627,6 +627,21 @@ static void logs_that_wait_have_a_limit(struct unit *u)
     unit_close(db);
 }
 
+/* A store with as many tables as a manifest can list, of a record each, which
+ * merges none. */
+static kvmeta *open_with_all_tables(struct unit *u,
+                                    const struct kvmeta_options *options)
+{
+    kvmeta *db = unit_open(u, options);
+
+    db->compaction_stopped = true;
+    for (uint64_t i = 0; i < KV_TABLES_MAX; i++) {
+        unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
+        unit_ok(kvmeta_flush(db));
+    }
+    return db;
+}
+
 /* Goal: where compaction has stopped, flushes go on until a manifest can hold
  * no more tables; then they fail, and the logs stay. Writers are refused when
  * as many logs wait as may, instead of waiting for ever; and nobody else waits
@@ -640,12 +655,8 @@ static void tables_have_a_limit(struct unit *u)
     uint64_t i;
 
     options.vfs = unit_unsynced(u);
-    db = unit_open(u, &options);
-    db->compaction_stopped = true;
-    for (i = 0; i < KV_TABLES_MAX; i++) {
-        unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
-        unit_ok(kvmeta_flush(db));
-    }
+    db = open_with_all_tables(u, &options);
+    i = KV_TABLES_MAX;
     assert_int_equal(unit_stats(db).tables, KV_TABLES_MAX);
     unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
     unit_is(kvmeta_flush(db), KVMETA_E_FAILED);
@@ -743,12 +754,8 @@ static void an_open_with_as_many_tables_as_there_may_be_merges(struct unit *u)
     uint64_t i;
 
     options.vfs = unit_unsynced(u);
-    db = unit_open(u, &options);
-    db->compaction_stopped = true;
-    for (i = 0; i < KV_TABLES_MAX; i++) {
-        unit_fill(db, i, i + 1, 0, KVMETA_BUFFERED);
-        unit_ok(kvmeta_flush(db));
-    }
+    db = open_with_all_tables(u, &options);
+    i = KV_TABLES_MAX;
     unit_ok(kv_rotate(db, true, &u->err));
     unit_fill(db, i, i + 1, 0, KVMETA_WRITTEN);
     unit_ok(kv_rotate(db, true, &u->err));
