@@ -10999,6 +10999,7 @@ static int kv_job_log_sync(struct kvmeta *db, struct kvmeta_error *err)
     db->background_synced = end;
     return kv_store_judge(db, rc, err);
 }
+
 /* ==========================================================================
  * Background work
  *
@@ -11530,6 +11531,7 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
         if (rc) return rc;
     }
 }
+
 /* ==========================================================================
  * Commit
  *
