@@ -797,6 +797,7 @@ enum { WRITERS = 2, WRITER_OPS = 100000, SHARERS = 4 };
 static struct group {
     kvmeta *db;
     atomic_size_t armed;
+    int hold_ms;
     unsigned char keys[WRITERS][WRITER_OPS][8];
     struct kvmeta_op ops[WRITERS][WRITER_OPS];
 } group;
@@ -808,12 +809,16 @@ static void wait_for_queue(size_t count)
         unit_sleep_ms(1);
 }
 
-/* Once armed, the next sync takes until so many are in the queue. */
+/* Once armed, the next sync takes until so many are in the queue, and
+ * `hold_ms` longer. */
 static int sync_until_all_wait(void *user, int file)
 {
     size_t count = atomic_exchange(&group.armed, 0);
 
-    if (count) wait_for_queue(count);
+    if (count) {
+        wait_for_queue(count);
+        unit_sleep_ms(group.hold_ms);
+    }
     return unit_fault_sync(user, file);
 }
 
@@ -917,6 +922,49 @@ static void batches_that_wait_share_a_sync(struct unit *u)
         unit_fill(group.db, 2, 4, round, 0);
     }
     assert_int_equal(kvmeta_count(group.db), 4 + 2 * SHARERS);
+    unit_close(group.db);
+}
+
+static double processor_seconds(void)
+{
+    struct timespec used;
+
+    assert_int_equal(clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used), 0);
+    return (double)used.tv_sec + (double)used.tv_nsec / 1e9;
+}
+
+/* Goal: who waits for a fast sync may stay awake, but nobody works through a
+ * slow one. Method: four writers wait for half a second; awake they would use
+ * as much of each processor. */
+static void writers_sleep_through_a_slow_sync(struct unit *u)
+{
+    static unsigned char keys[SHARERS][8];
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    pthread_t threads[SHARERS];
+    double before;
+
+    faults->vfs.file_sync = sync_until_all_wait;
+    options.vfs = &faults->vfs;
+    group.db = unit_open(u, &options);
+    unit_fill(group.db, 0, 1, 0, 0);
+    group.hold_ms = 500;
+    atomic_store(&group.armed, SHARERS);
+    for (uint64_t i = 0; i < SHARERS; i++) {
+        unit_key(8, 100 + i, keys[i]);
+        assert_int_equal(pthread_create(&threads[i], NULL, write_small,
+                                        keys[i]), 0);
+    }
+    before = processor_seconds();
+    unit_fill(group.db, 1, 2, 0, 0);
+    for (size_t i = 0; i < SHARERS; i++) {
+        void *rc;
+
+        pthread_join(threads[i], &rc);
+        assert_null(rc);
+    }
+    assert_true(processor_seconds() - before < 0.25);
+    group.hold_ms = 0;
     unit_close(group.db);
 }
 
@@ -1357,6 +1405,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(an_open_with_as_many_tables_as_there_may_be_merges),
     UNIT_CASE(a_group_ends_before_it_is_too_large),
     UNIT_CASE(batches_that_wait_share_a_sync),
+    UNIT_CASE(writers_sleep_through_a_slow_sync),
     UNIT_CASE(sizes_beyond_all_memory_are_refused),
     UNIT_CASE(what_a_reader_has_held_up_is_freed_in_parts),
     UNIT_CASE(what_was_held_goes_with_the_snapshot_or_the_store),
