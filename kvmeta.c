@@ -3113,6 +3113,14 @@ static struct kv_probe kv_key_at(const struct kv_tree *t,
     return p;
 }
 
+/* As memcmp of the whole keys. */
+static int kv_probe_compare(const struct kv_tree *t, struct kv_probe a,
+                            struct kv_probe b)
+{
+    if (a.head != b.head) return a.head < b.head ? -1 : 1;
+    return memcmp(a.tail, b.tail, t->env->shape.tail_bytes);
+}
+
 /* Restores T4 after keys were taken from the end; `before` were there. Called
  * with the new count in place. */
 static void kv_node_pad(struct kv_node *node, size_t before)
@@ -3676,7 +3684,7 @@ static struct kv_node *kv_tree_last_leaf(const struct kv_tree *t,
 /* Puts records that ascend behind the last one of the tree. Only those
  * that find the last leaf full, or not owned, need a search. Returns how
  * many it took from the front of `changes`: up to the first that is a
- * removal, or does not have a larger head than the tree's last record. */
+ * removal, or not above the tree's last record. */
 static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
                              const struct kv_probe *probes, size_t n)
 {
@@ -3689,8 +3697,9 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
         const void *key = changes[i].key;
         const void *value = changes[i].value;
 
-        /* An equal head could be the last key itself, or one below it. */
-        if (probes[i].head <= kv_heads(leaf)[leaf->count - 1]) break;
+        if (kv_probe_compare(t, probes[i],
+                             kv_key_at(t, leaf, leaf->count - 1)) <= 0)
+            break;
         /* The search copies or splits the path, after which there is a last
          * leaf that takes more. */
         if (leaf->gen != v->gen || kv_node_full(t, leaf)) {
@@ -4871,14 +4880,6 @@ static bool kv_index_right(const struct kv_tree *t, const struct kv_node *node)
         if (kv_index(t, node)[line - 1] != kv_heads(node)[kv_line_first(line)])
             return false;
     return true;
-}
-
-/* As memcmp of the whole keys. */
-static int kv_probe_compare(const struct kv_tree *t, struct kv_probe a,
-                            struct kv_probe b)
-{
-    if (a.head != b.head) return a.head < b.head ? -1 : 1;
-    return memcmp(a.tail, b.tail, t->env->shape.tail_bytes);
 }
 
 /* The rules that hold for one node on its own, and for it and its children;

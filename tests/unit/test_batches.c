@@ -78,6 +78,50 @@ static void later_operations_on_a_key_win(struct unit *u)
     unit_close(db);
 }
 
+enum { STEPS = 2000 };
+
+static void put_number(kvmeta *db, uint64_t number, uint64_t salt)
+{
+    unsigned char key[16], value[8];
+
+    unit_key(16, number, key);
+    unit_value(8, number + salt, value);
+    unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+}
+
+static void want_number(kvmeta *db, uint64_t number, uint64_t salt)
+{
+    unsigned char key[16], value[8], got[8];
+
+    unit_key(16, number, key);
+    unit_value(8, number + salt, value);
+    unit_ok(kvmeta_get(db, key, got));
+    assert_memory_equal(got, value, 8);
+}
+
+/* Goal: keys that agree in their first 8 bytes go to their places, too: behind
+ * the last one, onto it, and below it. */
+static void ascending_keys_of_one_head_find_their_places(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 16, 8);
+    kvmeta *db;
+
+    options.flags = KVMETA_NO_THREAD;
+    db = unit_open(u, &options);
+    for (uint64_t i = 1; i <= STEPS; i++) {
+        put_number(db, 10 * i, 0);
+        if (i % 3 == 0) put_number(db, 10 * i, 1);
+        if (i % 5 == 0) put_number(db, 10 * i - 5, 2);
+    }
+    assert_int_equal(kvmeta_count(db), STEPS + STEPS / 5);
+    for (uint64_t i = 1; i <= STEPS; i++) {
+        want_number(db, 10 * i, i % 3 == 0 ? 1 : 0);
+        if (i % 5 == 0) want_number(db, 10 * i - 5, 2);
+    }
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* Goal: an operation that is no operation fails the whole batch. */
 static void an_unknown_operation_does_nothing_at_all(struct unit *u)
 {
@@ -455,6 +499,7 @@ static void a_batch_without_memory_is_as_before(struct unit *u)
 
 static struct unit_case cases[] = {
     UNIT_CASE(later_operations_on_a_key_win),
+    UNIT_CASE(ascending_keys_of_one_head_find_their_places),
     UNIT_CASE(an_unknown_operation_does_nothing_at_all),
     UNIT_CASE(a_batch_commits_only_if_its_expectations_hold),
     UNIT_CASE(expectations_are_of_the_state_before_the_batch),
