@@ -345,7 +345,9 @@ KVMETA_API struct kvmeta_digest kvmeta_digest(kvmeta *db);
  *
  * `flags` is one of enum kvmeta_durability, or 0 for the store's default. A
  * durable change is visible to readers only once it is on disk; others are
- * visible when the call returns. Concurrent calls share a sync.
+ * visible when the call returns. Concurrent calls share a sync: while one
+ * writes and syncs for all, the others give way to any thread that wants to run
+ * and look again, for up to a millisecond, and then sleep.
  *
  * Errors of every write call, after each of which the records are unchanged:
  *   KVMETA_E_INVALID, _E_READONLY, _E_FORKED, _E_NOMEM,
