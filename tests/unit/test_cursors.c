@@ -128,6 +128,59 @@ static void walks_end_on_no_record(struct unit *u)
     view_close(&view);
 }
 
+enum { WIDE = KVMETA_KEY_BYTES_MAX, WIDE_COUNT = 3000 };
+
+static void want_wide(kvmeta_cursor *cursor, int rc, uint64_t number)
+{
+    unsigned char key[WIDE];
+
+    unit_ok(rc);
+    unit_key(WIDE, number, key);
+    assert_memory_equal(kvmeta_cursor_key(cursor), key, WIDE);
+}
+
+/* The store has the keys 0, step, 2 * step, ... below WIDE_COUNT. */
+static void walk_wide(kvmeta *db, uint64_t step)
+{
+    uint64_t last = (WIDE_COUNT - 1) / step * step, i;
+    struct view view;
+
+    view_open(&view, db);
+    want_wide(view.cursor, kvmeta_cursor_first(view.cursor), 0);
+    for (i = step; i <= last; i += step)
+        want_wide(view.cursor, kvmeta_cursor_next(view.cursor), i);
+    unit_is(kvmeta_cursor_next(view.cursor), KVMETA_NOT_FOUND);
+    want_wide(view.cursor, kvmeta_cursor_last(view.cursor), last);
+    for (i = last; i > 0; i -= step)
+        want_wide(view.cursor, kvmeta_cursor_prev(view.cursor), i - step);
+    unit_is(kvmeta_cursor_prev(view.cursor), KVMETA_NOT_FOUND);
+    kvmeta_cursor_close(view.cursor);
+    kvmeta_snapshot_release(view.snapshot);
+}
+
+/* Goal: walks cross many levels, and parents that are left with a leaf or two,
+ * in both directions. Method: the widest keys, of which a node holds few. */
+static void walks_cross_parents_of_few_leaves(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, WIDE, 0);
+    unsigned char key[WIDE];
+    kvmeta *db;
+
+    options.flags = KVMETA_NO_THREAD;
+    db = unit_open(u, &options);
+    for (uint64_t i = 0; i < WIDE_COUNT; i++) {
+        unit_key(WIDE, i, key);
+        unit_ok(kvmeta_put(db, key, NULL, KVMETA_BUFFERED));
+    }
+    walk_wide(db, 1);
+    for (uint64_t i = 0; i < WIDE_COUNT; i++) {
+        unit_key(WIDE, i, key);
+        if (i % 29) unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+    }
+    walk_wide(db, 29);
+    unit_close(db);
+}
+
 /* Goal: seek and seek_le stand right on, between, below and above all keys,
  * and next and prev go on from there, turning as often as asked. */
 static void seeks_find_the_neighbours(struct unit *u)
@@ -272,6 +325,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_cursor_over_nothing_finds_nothing),
     UNIT_CASE(a_new_cursor_has_no_record),
     UNIT_CASE(walks_end_on_no_record),
+    UNIT_CASE(walks_cross_parents_of_few_leaves),
     UNIT_CASE(seeks_find_the_neighbours),
     UNIT_CASE(keys_with_equal_heads_are_told_apart),
     UNIT_CASE(keys_with_the_largest_head_are_told_apart),
