@@ -1125,7 +1125,8 @@ static void count_free_nodes(void)
 /* Goal: a group that makes a tree out of nothing has the nodes that each of
  * its puts may need, reckoned from what has been built so far. Method: the
  * widest keys, of which few make a high tree; the same puts, one by one, tell
- * how high. */
+ * how high. The last key comes first, for puts behind it would not look at all
+ * levels, and might leave them to the next put. */
 static void a_group_reserves_for_the_tree_that_it_builds(struct unit *u)
 {
     struct kvmeta_options options = unit_options(u, TALL_KEY_BYTES, 0);
@@ -1135,7 +1136,7 @@ static void a_group_reserves_for_the_tree_that_it_builds(struct unit *u)
     options.vfs = unit_unsynced(u);
     tall.db = unit_open(u, &options);
     for (size_t i = 0; i < TALL_PUTS; i++) {
-        unit_key(TALL_KEY_BYTES, i, tall.keys[i]);
+        unit_key(TALL_KEY_BYTES, i > 0 ? i : TALL_PUTS, tall.keys[i]);
         tall.heights[i] = kv_tree_current(&tall.db->tree)->height;
         unit_ok(kvmeta_put(tall.db, tall.keys[i], NULL, KVMETA_WRITTEN));
         tall.ops[i] = (struct kvmeta_op){KVMETA_OP_PUT, tall.keys[i], NULL};
