@@ -435,6 +435,41 @@ static void what_fails_between_blocks_is_tried_after_a_while(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: what is due by the clock is done then, not before, a sync before a
+ * mark; and at once when the clock has gone backwards. */
+static void timed_work_waits_for_its_time(struct unit *u)
+{
+    const uint64_t ms = 1000000, at = 5000 * ms;
+    struct kvmeta_options options = unit_quiet(u);
+    struct unit_faults *faults = unit_faults_init(u);
+    kvmeta *db;
+
+    faults->vfs.clock_ns = set_clock;
+    options.vfs = &faults->vfs;
+    options.sync_interval_ms = 250;
+    set_clock_ns = at;
+    db = unit_open(u, &options);
+    db->mark_dirty = false;
+    db->unsynced = true;
+    db->unsynced_since_ns = at;
+    set_clock_ns = at + 250 * ms - 1;
+    assert_int_equal(kv_plan_timed(db), KV_STEP_NONE);
+    set_clock_ns++;
+    assert_int_equal(kv_plan_timed(db), KV_STEP_SYNC);
+    db->mark_dirty = true;
+    db->dirty_since_ns = at;
+    assert_int_equal(kv_plan_timed(db), KV_STEP_SYNC);
+    db->options.sync_interval_ms = 0;
+    set_clock_ns = at + 100 * ms - 1;
+    assert_int_equal(kv_plan_timed(db), KV_STEP_NONE);
+    set_clock_ns++;
+    assert_int_equal(kv_plan_timed(db), KV_STEP_MARK);
+    set_clock_ns = at - 1;
+    assert_int_equal(kv_plan_timed(db), KV_STEP_MARK);
+    db->mark_dirty = db->unsynced = false;
+    unit_close(db);
+}
+
 /* Goal: a step that is braked stops soon when it is told to. */
 static void a_braked_step_stops_when_it_is_told_to(struct unit *u)
 {
@@ -1396,6 +1431,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_log_may_be_sealed_while_it_is_synced),
     UNIT_CASE(a_log_that_is_made_too_late_is_removed),
     UNIT_CASE(what_fails_between_blocks_is_tried_after_a_while),
+    UNIT_CASE(timed_work_waits_for_its_time),
     UNIT_CASE(a_braked_step_stops_when_it_is_told_to),
     UNIT_CASE(a_heal_of_a_store_that_has_failed_does_nothing),
     UNIT_CASE(nothing_is_told_under_a_short_lock),
