@@ -328,7 +328,7 @@ static uint64_t kv_align_up(uint64_t n, uint64_t align)
 /* memcpy and memcmp of the usual widths without a call: a fifth of the
  * time of a buffered put. Both take n = 0 with NULL, which memcpy may not
  * be given. */
-static inline void kv_copy(void *to, const void *from, size_t n)
+static void kv_copy(void *to, const void *from, size_t n)
 {
     assert(n == 0 || to);
     assert(n == 0 || from);
@@ -340,7 +340,7 @@ static inline void kv_copy(void *to, const void *from, size_t n)
         memcpy(to, from, n);
 }
 
-static inline bool kv_same(const void *a, const void *b, size_t n)
+static bool kv_same(const void *a, const void *b, size_t n)
 {
     assert(n == 0 || a);
     assert(n == 0 || b);
@@ -11717,7 +11717,7 @@ static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
 
 /* The counters' part of a batch that has changed `entries` records. They are
  * read without a lock, but only the leader adds to them. */
-static void kv_request_count(struct kvmeta *db, size_t entries)
+static void kv_request_count(struct kvmeta *db, uint64_t entries)
 {
     db->buffer.batches++;
     kv_counter_add(&db->counters.commits, 1);

@@ -89,17 +89,14 @@ static int os_close(int fd)
 /* What the processor is said to have: 2 all that it has, 1 no AVX2, 0 plain. */
 static int os_cpu = 2;
 
+#if defined(__x86_64__) && defined(__GNUC__)
 static int os_cpu_supports(const char *what)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
     if (strcmp(what, "avx2") == 0)
         return os_cpu >= 2 && __builtin_cpu_supports("avx2");
     return os_cpu >= 1 && __builtin_cpu_supports("sse4.2");
-#else
-    (void)what;
-    return 0;
-#endif
 }
+#endif
 
 /* Frees the slot of a reader when the others have waited for it. */
 static _Atomic uint64_t *os_slot_held;
