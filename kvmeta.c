@@ -2867,7 +2867,7 @@ static int kv_tree_reserve(struct kv_tree *t, const struct kv_version *v,
     int rc;
 
     if (KV_LIKELY(changes == 1) && KV_LIKELY(kv_pool_has(&t->leaves, 4))
-        && KV_LIKELY(kv_pool_has(&t->inners, 3 * height + 2)))
+        && KV_LIKELY(kv_pool_has(&t->inners, 3 * height + 1)))
         return KVMETA_OK;
     /* Both pools or none: one alone would only keep slabs from being freed.
      * What was added to them is given back, as far as it is not needed. */
