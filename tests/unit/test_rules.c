@@ -228,6 +228,34 @@ static void sums_are_the_same_with_and_without_hardware(void **state)
     }
 }
 
+/* --------------------------------------------------------------------------
+ * Bytes
+ * -------------------------------------------------------------------------- */
+
+/* Goal: whatever the width, as many bytes are copied and compared as were
+ * asked for, and none behind them. */
+static void bytes_are_copied_and_compared_to_the_last(void **state)
+{
+    unsigned char from[64], to[64];
+
+    (void)state;
+    for (size_t n = 0; n < sizeof from; n++) {
+        memset(from, 1, sizeof from);
+        memset(to, 2, sizeof to);
+        kv_copy(to, from, n);
+        for (size_t i = 0; i < sizeof to; i++)
+            assert_int_equal(to[i], i < n ? 1 : 2);
+        assert_true(kv_same(to, from, n));
+        for (size_t i = 0; i < n; i++) {
+            to[i] ^= 0x80;
+            assert_false(kv_same(to, from, n));
+            to[i] ^= 0x80;
+        }
+    }
+    kv_copy(NULL, NULL, 0);
+    assert_true(kv_same(NULL, NULL, 0));
+}
+
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
@@ -235,6 +263,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_frame_keeps_each_rule),
         cmocka_unit_test(a_frame_that_does_not_follow_ends_the_chain),
         cmocka_unit_test(sums_are_the_same_with_and_without_hardware),
+        cmocka_unit_test(bytes_are_copied_and_compared_to_the_last),
     };
 
     test_parse_args(argc, argv);
