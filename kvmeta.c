@@ -9879,7 +9879,8 @@ struct kvmeta {
     unsigned room;                  /* of those who come now: 0 or 1 */
     size_t last_group;              /* requests that shared the last sync */
     _Atomic int naps;               /* waits that sleep at once: see
-                                       kv_right_watch; roughly counted */
+                                       kv_right_watch; below 0 when several
+                                       have counted down at the same time */
     _Atomic int right;              /* enum kv_right */
 
     /* The commit right: the live log, and what is on its way into it. Not
@@ -10251,7 +10252,7 @@ static void kv_right_watch(struct kvmeta *db, const struct kv_request *r)
         return;
     }
     start = kv_now(db);
-    while (r->turn == KV_TURN_WAIT && !db->naps) {
+    while (r->turn == KV_TURN_WAIT && db->naps <= 0) {
         sched_yield();
         if (kv_now(db) - start > KV_WATCH_NS) db->naps = KV_NAPS;
     }

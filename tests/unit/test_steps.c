@@ -1003,6 +1003,24 @@ static void writers_sleep_through_a_slow_sync(struct unit *u)
     unit_close(group.db);
 }
 
+/* Goal: a watch in vain is followed by naps, and the naps by a watch, even if
+ * several that counted them down have passed 0. */
+static void naps_end(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    struct kv_request r = {.durability = KVMETA_DURABLE};
+
+    for (int naps = 0; naps >= -2; naps--) {
+        db->naps = naps;
+        kv_right_watch(db, &r);
+        assert_int_equal(db->naps, KV_NAPS);
+        kv_right_watch(db, &r);
+        assert_int_equal(db->naps, KV_NAPS - 1);
+    }
+    unit_close(db);
+}
+
 /* --------------------------------------------------------------------------
  * Memory
  * -------------------------------------------------------------------------- */
@@ -1443,6 +1461,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_group_ends_before_it_is_too_large),
     UNIT_CASE(batches_that_wait_share_a_sync),
     UNIT_CASE(writers_sleep_through_a_slow_sync),
+    UNIT_CASE(naps_end),
     UNIT_CASE(sizes_beyond_all_memory_are_refused),
     UNIT_CASE(what_a_reader_has_held_up_is_freed_in_parts),
     UNIT_CASE(what_was_held_goes_with_the_snapshot_or_the_store),
