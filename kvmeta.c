@@ -9795,14 +9795,14 @@ enum kv_turn {
  *
  * Without changes it is a barrier (a sync), or only asks whether expectations
  * hold. With `exclusive` only the right itself is wanted, for work that is no
- * commit; then everything else is unused.
+ * commit; then there is no durability, and the rest is unused.
  */
 struct kv_request {
     const struct kvmeta_op *ops;
     size_t n;
     size_t changes;               /* operations that are not EXPECT */
     size_t puts;                  /* of them; the others are removes */
-    unsigned durability;          /* enum kvmeta_durability, never 0 */
+    unsigned durability;          /* enum kvmeta_durability; 0: exclusive */
     bool exclusive;               /* wants the commit right, for itself */
     void *previous;               /* value_bytes, or NULL: of the last op */
 
@@ -10182,8 +10182,8 @@ static int kv_store_swap(struct kvmeta *db, struct kv_manifest *next,
  * QUEUED: the first to give it will look at the queue once for nothing. While
  * somebody waits the right is never FREE, so nobody overtakes the queue.
  *
- * Who waits for a sync stays awake first, as a sync may take no longer than
- * going to sleep and being woken (kv_right_watch). Sleepers wait in one of two
+ * Who waits for a sync stays awake first, as a sync may take little longer
+ * than going to sleep and being woken (kv_right_watch). Sleepers wait in two
  * rooms. A leader that has emptied the queue sends later comers to the other
  * room, so that one broadcast wakes its group and hardly anybody else.
  *
@@ -10234,14 +10234,14 @@ static struct kv_request *kv_queue_pop(struct kvmeta *db)
 /*
  * Waits for the request's turn without sleeping, for a while: gives way to
  * whoever wants to run, and looks again. For durable requests, since where
- * syncs are fast, putting sixteen threads to sleep and waking them took as
- * long as the sync.
+ * syncs are fast, putting sixteen threads to sleep and waking them took more
+ * than half as long as the sync.
  *
  * It is in vain where syncs are slow, or where threads with work of their own
  * take the processor. Then those who come next sleep at once, for a number of
- * times, before one of them tries again: beside busy threads it costs them
- * nothing that could be measured. The idea, not its rules, is that of RocksDB's
- * write thread (enable_write_thread_adaptive_yield).
+ * times, before one of them tries again: one thread that computed beside
+ * sixteen writers lost about a twentieth by it. The idea, not its rules, is
+ * that of RocksDB's write thread (enable_write_thread_adaptive_yield).
  */
 static void kv_right_watch(struct kvmeta *db, const struct kv_request *r)
 {
