@@ -217,6 +217,7 @@
 #  define KV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #  define KV_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #  define KV_NOINLINE __attribute__((noinline))
+#  define KV_ALWAYS_INLINE inline __attribute__((always_inline))
 #else
 #  define KV_LIKELY(x) (x)
 #  define KV_UNLIKELY(x) (x)
@@ -224,6 +225,7 @@
 #  define KV_PREFETCH_L2(p) ((void)(p))
 #  define KV_PRINTF(fmt, args)
 #  define KV_NOINLINE
+#  define KV_ALWAYS_INLINE inline
 #endif
 
 /* A test build may define this to run a seeded scheduler: it marks the places
@@ -1864,16 +1866,22 @@ static void kv_pool_free(struct kv_pool *pool)
  * read whole lines without asking where the keys end.
  *
  * Everything here is about waiting for memory: in a store of millions of
- * records nothing but the upper levels is in a cache. So a single search asks
- * for all lines of the next node as soon as it knows which one that is, and
- * counts heads instead of bisecting them, since the lines are on their way
- * anyway; tail and value stand side by side, since whoever has found the one
- * wants the other; and nodes are small, since all of one is fetched. Searches
- * for many keys go the other way: they overlap with each other, and are bound
- * by the number of lines that all of them touch. For them an inner node has an
- * index, the first head of each line of heads but the first, which leads to
- * the one line that matters (kv_inner_child_many). In leaves it would cost too
- * much memory; a binary search over their lines does (kv_leaf_rank_many).
+ * records nothing but the upper levels is in a cache. Waits must overlap. The
+ * processor sees to that by itself, for as many searches as fit in its window
+ * of a few hundred instructions, unless a branch is guessed wrong. So searches
+ * are short, and branch on nothing that differs from node to node: they count
+ * heads instead of bisecting them, always as many; an inner node has an index,
+ * the first head of each line of heads but the first, which leads to the one
+ * line that matters; tail and value stand side by side, since whoever has
+ * found the one wants the other. A search that cannot overlap with the next
+ * one asks for a whole leaf at once. Those for many keys overlap in any case,
+ * and are bound by the number of lines that all of them touch: in leaves,
+ * where an index would cost too much memory, they bisect the lines
+ * (kv_leaf_rank_many).
+ *
+ * Counting uses vectors where the processor has them. Functions that end in
+ * _by are compiled twice, into one for such processors and one for others, so
+ * that counting needs no calls.
  *
  * This section only reads. Any thread may call it, on a version that it has
  * pinned or holds, or that is its own; what a function returns a pointer to
@@ -1940,8 +1948,7 @@ struct kv_layout {
  * the tree without its delta: the delta's i-th put is commit seq + i + 1.
  */
 struct kv_version {
-    /* Changed by the writer while readers look: see "Delta". First, so that
-     * readers who only compare fingerprints meet no more of the struct. */
+    /* Changed by the writer while readers look: see "Delta". */
     _Atomic uint64_t delta_prints[KV_BATCH / 4];  /* fingerprints, 16 bits */
     _Atomic uint32_t delta_count; /* puts; at most delta_cap of the tree */
     struct kv_node *root;         /* NULL: no records */
@@ -1976,7 +1983,6 @@ struct kv_tree {
     struct kv_layout leaf;
     struct kv_layout inner;
     bool avx2;
-    bool sse42;
     uint64_t memory_bytes_max;    /* of both pools; 0: no bound */
     uint32_t delta_cap;           /* puts; 0: the records are too wide */
     struct kv_slot *slots;        /* KV_SLOTS, on cache lines */
@@ -2041,15 +2047,21 @@ static unsigned char *kv_row(const struct kv_tree *t,
     return kv_node_at(node, l->row_off) + i * l->row_bytes;
 }
 
+/* The same for leaves, whose header it leaves alone. */
+static unsigned char *kv_leaf_row(const struct kv_tree *t,
+                                  const struct kv_node *leaf, size_t i)
+{
+    assert(leaf->level == 0);
+    return kv_node_at(leaf, t->leaf.row_off) + i * t->leaf.row_bytes;
+}
+
 /* The same as the row in records whose keys have no tail. Never NULL, even
  * where values have no bytes. */
 static unsigned char *kv_value(const struct kv_tree *t,
                                const struct kv_node *leaf, size_t i)
 {
-    assert(leaf->level == 0);
     assert(i < t->leaf.cap);
-    return kv_node_at(leaf, t->leaf.row_off) + i * t->leaf.row_bytes
-        + t->env->shape.tail_bytes;
+    return kv_leaf_row(t, leaf, i) + t->env->shape.tail_bytes;
 }
 
 static struct kv_node **kv_children(const struct kv_tree *t,
@@ -2073,6 +2085,12 @@ static size_t kv_line_first(size_t line)
     return line > 0 ? 8 * line - 4 : 0;
 }
 
+/* The entries of an inner node's index, as many as fill its lines. */
+static uint32_t kv_index_padded(const struct kv_layout *l)
+{
+    return (uint32_t)kv_align_up(l->lines - 1, 8);
+}
+
 /* The most entries that fit in `bytes`, but at least `min` of them, in a node
  * that is then as large as it must be. child_bytes: 0 for leaves. The first
  * guess leaves out padding and rounding, so it can only be too high. */
@@ -2091,7 +2109,7 @@ static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
         l->lines = (l->cap_padded + 4) / 8;
         l->index_off = head + 8 * l->cap_padded;
         l->row_off = l->index_off
-            + (inner ? 8 * (uint32_t)kv_align_up(l->lines - 1, 4) : 0);
+            + (inner ? 8 * kv_index_padded(l) : 0);
         l->child_off = (uint32_t)kv_align_up(l->row_off + l->cap * row_bytes,
                                              8);
         l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
@@ -2103,9 +2121,11 @@ static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
     }
 }
 
-/* How many of the heads are less than `head`: no branches, so that the loads
- * of all lines overlap. */
-static size_t kv_count_plain(const int64_t *heads, size_t n, int64_t head)
+/* How many of the n heads are less than `head`; n is the same for all nodes of
+ * a layout. No branch depends on a node: guessed wrong, it would throw away
+ * the searches behind it, which the processor has begun by then. */
+static inline size_t kv_count_plain(const int64_t *heads, size_t n,
+                                    int64_t head)
 {
     size_t less = 0;
 
@@ -2113,57 +2133,44 @@ static size_t kv_count_plain(const int64_t *heads, size_t n, int64_t head)
     return less;
 }
 
-/* The same by vectors of 4, and of 2. They look at up to 3 heads behind the
- * n-th, which are padding; each compare yields -1 where it holds, so that
- * subtracting counts. `heads` is aligned to the vector: a node starts on a
- * cache line, and its header is half a line long. */
+/* The same by vectors of 4, a line of heads at a time; n is a number of lines,
+ * or half a line more: the first line of heads has room for four. Aligned to
+ * the vector: a node starts on a cache line, its header is half a line. */
 #if KV_X86
 __attribute__((target("avx2")))
-static size_t kv_count_avx2(const int64_t *heads, size_t n, int64_t head)
+static inline unsigned kv_mask_avx2(const int64_t *heads, int64_t head)
 {
-    __m256i want = _mm256_set1_epi64x(head);
-    __m256i sum = _mm256_setzero_si256();
-    __m128i half;
+    __m256i x = _mm256_load_si256((const __m256i *)(const void *)heads);
+    __m256i less = _mm256_cmpgt_epi64(_mm256_set1_epi64x(head), x);
 
-    assert((uintptr_t)heads % sizeof want == 0);
-    for (size_t i = 0; i < n; i += 4) {
-        __m256i x = _mm256_load_si256((const __m256i *)(const void *)
-                                      (heads + i));
-
-        sum = _mm256_sub_epi64(sum, _mm256_cmpgt_epi64(want, x));
-    }
-    half = _mm_add_epi64(_mm256_castsi256_si128(sum),
-                         _mm256_extracti128_si256(sum, 1));
-    return (size_t)(_mm_cvtsi128_si64(half)
-                    + _mm_extract_epi64(half, 1));
+    assert((uintptr_t)heads % sizeof x == 0);
+    return (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(less));
 }
 
-__attribute__((target("sse4.2")))
-static size_t kv_count_sse42(const int64_t *heads, size_t n, int64_t head)
+__attribute__((target("avx2")))
+static inline size_t kv_count_avx2(const int64_t *heads, size_t n,
+                                   int64_t head)
 {
-    __m128i want = _mm_set1_epi64x(head);
-    __m128i sum = _mm_setzero_si128();
+    size_t i = n % 8;
+    int less = i ? __builtin_popcount(kv_mask_avx2(heads, head)) : 0;
 
-    assert((uintptr_t)heads % sizeof want == 0);
-    for (size_t i = 0; i < n; i += 2) {
-        __m128i x = _mm_load_si128((const __m128i *)(const void *)(heads + i));
-
-        sum = _mm_sub_epi64(sum, _mm_cmpgt_epi64(want, x));
-    }
-    return (size_t)(_mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1));
+    assert(i == 0 || i == 4);
+    for (; i < n; i += 8)
+        less += __builtin_popcount(kv_mask_avx2(heads + i, head)
+                                   | kv_mask_avx2(heads + i + 4, head) << 4);
+    return (size_t)less;
 }
 #endif
 
-/* T4 lets the vectors run over the end: the padding is never less than
- * `head`, not even than the largest. All three count the same. */
-static size_t kv_count_less(const struct kv_tree *t, const int64_t *heads,
-                            size_t n, int64_t head)
+/* Padding is not less than `head`, not even than the largest. avx2: as in the tree; where
+ * it is a constant, in a function for such processors, nothing is called. */
+static KV_ALWAYS_INLINE size_t kv_count_less(const int64_t *heads, size_t n,
+                                             int64_t head, bool avx2)
 {
 #if KV_X86
-    if (KV_LIKELY(t->avx2)) return kv_count_avx2(heads, n, head);
-    if (t->sse42) return kv_count_sse42(heads, n, head);
+    if (KV_LIKELY(avx2)) return kv_count_avx2(heads, n, head);
 #else
-    (void)t;
+    (void)avx2;
 #endif
     return kv_count_plain(heads, n, head);
 }
@@ -2184,35 +2191,9 @@ static struct kv_probe kv_probe_make(const struct kv_tree *t, const void *key)
     return p;
 }
 
-#if KV_X86
-__attribute__((target("avx2")))
-static void kv_count_many_avx2(const int64_t *const *heads, size_t n,
-                               const struct kv_probe *probes,
-                               size_t probes_count, size_t *less)
-{
-    for (size_t i = 0; i < probes_count; i++)
-        less[i] = kv_count_avx2(heads[i], n, probes[i].head);
-}
-#endif
-
-/* Of each probe's own array of n heads, how many are less than the probe's. */
-static void kv_count_many(const struct kv_tree *t, const int64_t *const *heads,
-                          size_t n, const struct kv_probe *probes,
-                          size_t probes_count, size_t *less)
-{
-#if KV_X86
-    if (KV_LIKELY(t->avx2)) {
-        kv_count_many_avx2(heads, n, probes, probes_count, less);
-        return;
-    }
-#endif
-    for (size_t i = 0; i < probes_count; i++)
-        less[i] = kv_count_less(t, heads[i], n, probes[i].head);
-}
-
 /*
- * Number of the node's first n keys that are less than the key; with `equal`
- * those that are equal count, too. *match: one of them is equal, which is the
+ * Number of the node's n keys that are less than the key; with `equal` those
+ * that are equal count, too. *match: one of them is equal, which is the
  * one at the result, or with `equal` the one before it.
  *
  * Most keys differ in their heads, so most calls end after the first count,
@@ -2226,7 +2207,8 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
 {
     const int64_t *heads = kv_heads(node);
     size_t tail_bytes = t->env->shape.tail_bytes;
-    size_t low = kv_count_less(t, heads, n, p.head);
+    size_t padded = kv_layout_of(t, node)->cap_padded;
+    size_t low = kv_count_less(heads, padded, p.head, t->avx2);
     size_t high;
 
     assert(n <= node->count);
@@ -2240,7 +2222,7 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
     /* Where do the keys with this head end? */
     if (low + 1 < n && heads[low + 1] == p.head)
         high = p.head == KV_HEAD_PAD ? n
-            : (size_t)kv_min(n, kv_count_less(t, heads, n, p.head + 1));
+            : kv_count_less(heads, padded, p.head + 1, t->avx2);
     else
         high = low + 1;
     while (low < high) {
@@ -2257,66 +2239,157 @@ static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
     return low;
 }
 
-/* The child in which the key belongs: a key that equals a separator is to the
- * right of it. */
-static size_t kv_inner_child(const struct kv_tree *t,
-                             const struct kv_node *node, struct kv_probe p)
+/* A head that is found in an inner node need not be that of the separator
+ * alone: then the whole key decides. */
+KV_NOINLINE
+static size_t kv_inner_child_equal(const struct kv_tree *t,
+                                   const struct kv_node *node,
+                                   struct kv_probe p)
 {
     bool match;
 
-    assert(node->level > 0);
-    assert(node->count > 0);
     return kv_node_rank(t, node, node->count - 1, p, true, &match);
 }
 
-/* The first `bytes` of a node; of the leaves of wide records only a part. */
-static void kv_node_prefetch(const struct kv_node *node, size_t bytes)
+/* The child in which the key belongs: a key that equals a separator is to the
+ * right of it. Reads the index, and the line of heads that it leads to: the
+ * first one with half of the next, which is not less. */
+static KV_ALWAYS_INLINE size_t kv_inner_child_by(const struct kv_tree *t,
+                                                 const struct kv_node *node,
+                                                 struct kv_probe p, bool avx2)
 {
-    if (bytes > KV_INNER_BYTES) bytes = KV_INNER_BYTES;
-    for (size_t off = 0; off < bytes; off += KV_CACHE_LINE)
-        KV_PREFETCH(kv_node_at(node, (uint32_t)off));
+    const int64_t *heads = kv_heads(node);
+    size_t i = kv_line_first(kv_count_less(kv_index(t, node),
+                                           kv_index_padded(&t->inner), p.head,
+                                           avx2));
+
+    assert(node->count > 0);
+    i += kv_count_less(heads + i, 8, p.head, avx2);
+    if (KV_UNLIKELY(heads[i] == p.head)) i = kv_inner_child_equal(t, node, p);
+    assert(i < node->count);
+    return i;
 }
 
-/* The value of a key in the tree, or NULL; the delta is not looked at. Valid
- * as long as the version is, and unless an edit in place changes it. */
-static const unsigned char *kv_tree_find(const struct kv_tree *t,
-                                         const struct kv_version *v,
-                                         const void *key)
+static size_t kv_inner_child(const struct kv_tree *t,
+                             const struct kv_node *node, struct kv_probe p)
+{
+    return kv_inner_child_by(t, node, p, t->avx2);
+}
+
+/* Is the key in the leaf? *place: where its head would be; gets where the key
+ * is, or would be, which only differs where records share a head. Leaves the
+ * leaf's header alone, which may not be in a cache; so what looks like
+ * padding is searched for. */
+static KV_ALWAYS_INLINE bool kv_tree_settle(const struct kv_tree *t,
+                                            const struct kv_node *leaf,
+                                            struct kv_probe p, size_t *place)
+{
+    bool match;
+
+    assert(leaf->level == 0);
+    assert(*place <= leaf->count);
+    if (*place >= t->leaf.cap || kv_heads(leaf)[*place] != p.head)
+        return false;
+    if (KV_LIKELY(p.head != KV_HEAD_PAD)
+        && KV_LIKELY(kv_same(kv_leaf_row(t, leaf, *place), p.tail,
+                             t->env->shape.tail_bytes)))
+        return true;
+    *place = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    return match;
+}
+
+/* Bytes from..to of a node, and what is left of four lines; of the leaves of
+ * wide records only a part. Four at a time: a search counts its instructions
+ * (see above). */
+static inline void kv_node_prefetch(const struct kv_node *node, uint32_t from,
+                                    uint32_t to)
+{
+    if (to > KV_INNER_BYTES) to = KV_INNER_BYTES;
+    for (uint32_t off = from; off < to; off += 4 * KV_CACHE_LINE) {
+        KV_PREFETCH(kv_node_at(node, off));
+        KV_PREFETCH(kv_node_at(node, off + KV_CACHE_LINE));
+        KV_PREFETCH(kv_node_at(node, off + 2 * KV_CACHE_LINE));
+        KV_PREFETCH(kv_node_at(node, off + 3 * KV_CACHE_LINE));
+    }
+}
+
+/* The body of kv_tree_find. The upper levels are in a cache; of a node of
+ * level 1 all but the tails is asked for at once, and all of a leaf, if the
+ * search is alone. */
+static KV_ALWAYS_INLINE const unsigned char *
+kv_tree_find_by(const struct kv_tree *t, const struct kv_version *v,
+                const void *key, bool alone, bool avx2)
 {
     struct kv_probe p = kv_probe_make(t, key);
     const struct kv_node *node = v->root;
-    bool match;
     size_t i;
 
     KV_SCHED_POINT("find");
     if (!node) return NULL;
-    /* All lines of the next node at once: what the search reads of it later,
-     * the child or the tail and the value, need not wait for its heads. */
     for (uint32_t level = v->height - 1; level > 0; level--) {
-        node = kv_children(t, node)[kv_inner_child(t, node, p)];
-        kv_node_prefetch(node, level > 1 ? t->inner.bytes : t->leaf.bytes);
+        node = kv_children(t, node)[kv_inner_child_by(t, node, p, avx2)];
+        if (level == 2) {
+            kv_node_prefetch(node, 0, t->inner.row_off);
+            kv_node_prefetch(node, t->inner.child_off, t->inner.bytes);
+        }
+        if (level == 1 && alone) kv_node_prefetch(node, 0, t->leaf.bytes);
         KV_SCHED_POINT("descend");
         assert(node->level + 1 == level);
     }
-    assert(node->level == 0);
-    i = kv_node_rank(t, node, node->count, p, false, &match);
-    return match ? kv_value(t, node, i) : NULL;
+    i = kv_count_less(kv_heads(node), t->leaf.cap_padded, p.head, avx2);
+    return kv_tree_settle(t, node, p, &i) ? kv_value(t, node, i) : NULL;
 }
 
-/* The rank of each key in its node, given the line of heads that it is in. The
- * first line is counted with half of the next one, which is not less. */
-static void kv_line_rank_many(const struct kv_tree *t,
-                              const struct kv_probe *probes,
-                              const struct kv_node *const *nodes, size_t n,
-                              size_t *at)
+#if KV_X86
+__attribute__((target("avx2")))
+static const unsigned char *kv_tree_find_avx2(const struct kv_tree *t,
+                                              const struct kv_version *v,
+                                              const void *key, bool alone)
 {
-    const int64_t *heads[KV_BATCH] = {NULL};
-    size_t less[KV_BATCH] = {0};
+    return kv_tree_find_by(t, v, key, alone, true);
+}
+#endif
 
-    for (size_t i = 0; i < n; i++)
-        heads[i] = kv_heads(nodes[i]) + kv_line_first(at[i]);
-    kv_count_many(t, heads, 8, probes, n, less);
-    for (size_t i = 0; i < n; i++) at[i] = kv_line_first(at[i]) + less[i];
+/* The value of a key in the tree, or NULL; the delta is not looked at. Valid
+ * as long as the version is, and unless an edit in place changes it. alone:
+ * what the caller does next keeps the processor from beginning with the next
+ * search meanwhile, as a locked instruction does; so this one should be over
+ * soon, and not cost little. */
+static const unsigned char *kv_tree_find(const struct kv_tree *t,
+                                         const struct kv_version *v,
+                                         const void *key, bool alone)
+{
+#if KV_X86
+    if (KV_LIKELY(t->avx2)) return kv_tree_find_avx2(t, v, key, alone);
+#endif
+    return kv_tree_find_by(t, v, key, alone, false);
+}
+
+/* Replaces each inner node, all on one level, by its child for the key: by
+ * the index, the line of heads and the child's reference, all keys in step. */
+static KV_ALWAYS_INLINE void
+kv_inner_child_many(const struct kv_tree *t, const struct kv_probe *probes,
+                    const struct kv_node **nodes, size_t n, bool avx2)
+{
+    size_t at[KV_BATCH];
+
+    for (size_t i = 0; i < n; i++) {
+        at[i] = kv_line_first(kv_count_less(kv_index(t, nodes[i]),
+                                            kv_index_padded(&t->inner),
+                                            probes[i].head, avx2));
+        KV_PREFETCH(kv_heads(nodes[i]) + at[i]);
+    }
+    for (size_t i = 0; i < n; i++) {
+        at[i] += kv_count_less(kv_heads(nodes[i]) + at[i], 8, probes[i].head,
+                               avx2);
+        KV_PREFETCH(kv_children(t, nodes[i]) + at[i]);
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (KV_UNLIKELY(kv_heads(nodes[i])[at[i]] == probes[i].head))
+            at[i] = kv_inner_child_equal(t, nodes[i], probes[i]);
+        assert(at[i] < nodes[i]->count);
+        nodes[i] = kv_children(t, nodes[i])[at[i]];
+    }
 }
 
 /*
@@ -2329,10 +2402,10 @@ static void kv_line_rank_many(const struct kv_tree *t,
  * search keeps the last line that starts below the key (or line 0), and counts
  * in it; padding is not below any key.
  */
-static void kv_leaf_rank_many(const struct kv_tree *t,
-                              const struct kv_probe *probes,
-                              const struct kv_node *const *leaves, size_t n,
-                              size_t *ranks)
+static KV_ALWAYS_INLINE void
+kv_leaf_rank_many(const struct kv_tree *t, const struct kv_probe *probes,
+                  const struct kv_node *const *leaves, size_t n,
+                  size_t *ranks, bool avx2)
 {
     size_t lines = t->leaf.lines;
     size_t half;
@@ -2360,44 +2433,20 @@ static void kv_leaf_rank_many(const struct kv_tree *t,
         }
     }
     /* The line is known, and in the cache: the heads in it are counted. */
-    kv_line_rank_many(t, probes, leaves, n, ranks);
-}
-
-/* Replaces each inner node, all on one level, by its child for the key: by
- * the index, the line of heads and the child's reference, all keys in step. */
-static void kv_inner_child_many(const struct kv_tree *t,
-                                const struct kv_probe *probes,
-                                const struct kv_node **nodes, size_t n)
-{
-    const int64_t *index[KV_BATCH] = {NULL};
-    size_t at[KV_BATCH] = {0};
-
     for (size_t i = 0; i < n; i++) {
-        index[i] = kv_index(t, nodes[i]);
-        for (size_t k = 0; k + 1 < t->inner.lines; k += 8)
-            KV_PREFETCH(index[i] + k);
-    }
-    kv_count_many(t, index, t->inner.lines - 1, probes, n, at);
-    for (size_t i = 0; i < n; i++)
-        KV_PREFETCH(kv_heads(nodes[i]) + kv_line_first(at[i]));
-    kv_line_rank_many(t, probes, nodes, n, at);
-    for (size_t i = 0; i < n; i++)
-        KV_PREFETCH(kv_children(t, nodes[i]) + at[i]);
-    for (size_t i = 0; i < n; i++) {
-        if (kv_heads(nodes[i])[at[i]] == probes[i].head)
-            at[i] = kv_inner_child(t, nodes[i], probes[i]);
-        assert(at[i] < nodes[i]->count);
-        nodes[i] = kv_children(t, nodes[i])[at[i]];
+        ranks[i] = kv_line_first(ranks[i]);
+        ranks[i] += kv_count_less(kv_heads(leaves[i]) + ranks[i], 8,
+                                  probes[i].head, avx2);
     }
 }
 
-/* The leaves of up to KV_BATCH keys, and the ranks of their heads there. The
- * tree must have records. A head that is found in an inner node need not be
- * that of the separator alone: then the whole key decides. */
-static void kv_tree_descend_many(const struct kv_tree *t,
-                                 const struct kv_version *v,
-                                 const struct kv_probe *probes, size_t n,
-                                 const struct kv_node **nodes, size_t *ranks)
+/* The body of kv_tree_descend_many. Each loop touches only what the one before
+ * it has asked for, so that the waits for memory overlap. */
+static KV_ALWAYS_INLINE void
+kv_tree_descend_many_by(const struct kv_tree *t, const struct kv_version *v,
+                        const struct kv_probe *probes, size_t n,
+                        const struct kv_node **nodes, size_t *ranks,
+                        bool avx2)
 {
     assert(n <= KV_BATCH);
     assert(v->root);
@@ -2405,31 +2454,44 @@ static void kv_tree_descend_many(const struct kv_tree *t,
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
         KV_SCHED_POINT("descend");
-        kv_inner_child_many(t, probes, nodes, n);
+        for (size_t i = 0; i < n; i++)
+            for (size_t k = 0; k < kv_index_padded(&t->inner); k += 8)
+                KV_PREFETCH(kv_index(t, nodes[i]) + k);
+        kv_inner_child_many(t, probes, nodes, n, avx2);
     }
     KV_SCHED_POINT("find");
-    kv_leaf_rank_many(t, probes, nodes, n, ranks);
+    kv_leaf_rank_many(t, probes, nodes, n, ranks, avx2);
 }
 
-/* Is the key in the leaf? *place: where its head would be; gets where the key
- * is, or would be, which only differs where records share a head. */
-static bool kv_tree_settle(const struct kv_tree *t, const struct kv_node *leaf,
-                           struct kv_probe p, size_t *place)
+#if KV_X86
+__attribute__((target("avx2")))
+static void kv_tree_descend_many_avx2(const struct kv_tree *t,
+                                      const struct kv_version *v,
+                                      const struct kv_probe *probes, size_t n,
+                                      const struct kv_node **nodes,
+                                      size_t *ranks)
 {
-    bool match;
+    kv_tree_descend_many_by(t, v, probes, n, nodes, ranks, true);
+}
+#endif
 
-    assert(leaf->level == 0);
-    assert(*place <= leaf->count);
-    if (*place >= leaf->count || kv_heads(leaf)[*place] != p.head)
-        return false;
-    if (kv_same(kv_row(t, leaf, *place), p.tail, t->env->shape.tail_bytes))
-        return true;
-    *place = kv_node_rank(t, leaf, leaf->count, p, false, &match);
-    return match;
+/* The leaves of up to KV_BATCH keys, and the ranks of their heads there. The
+ * tree must have records. */
+static void kv_tree_descend_many(const struct kv_tree *t,
+                                 const struct kv_version *v,
+                                 const struct kv_probe *probes, size_t n,
+                                 const struct kv_node **nodes, size_t *ranks)
+{
+#if KV_X86
+    if (KV_LIKELY(t->avx2)) {
+        kv_tree_descend_many_avx2(t, v, probes, n, nodes, ranks);
+        return;
+    }
+#endif
+    kv_tree_descend_many_by(t, v, probes, n, nodes, ranks, false);
 }
 
-/* Up to KV_BATCH keys of a tree that has records. Each loop touches only what
- * the one before it has asked for, so that the waits for memory overlap. */
+/* Up to KV_BATCH keys of a tree that has records. */
 static void kv_tree_find_batch(const struct kv_tree *t,
                                const struct kv_version *v,
                                const unsigned char *keys, size_t n,
@@ -2443,18 +2505,17 @@ static void kv_tree_find_batch(const struct kv_tree *t,
     for (size_t i = 0; i < n; i++)
         probes[i] = kv_probe_make(t, keys + i * t->env->shape.key_bytes);
     kv_tree_descend_many(t, v, probes, n, nodes, places);
-    /* The count, and the key's row, which may reach into a second line. */
+    /* The key's row, which may reach into a second line. */
     for (size_t i = 0; i < n; i++) {
-        KV_PREFETCH(nodes[i]);
-        KV_PREFETCH(kv_row(t, nodes[i], places[i]));
-        KV_PREFETCH(kv_row(t, nodes[i], places[i] + 1));
+        KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i]));
+        KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i] + 1) - 1);
     }
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         found[i] = kv_tree_settle(t, nodes[i], probes[i], &places[i]);
-    for (size_t i = 0; i < n; i++)
         if (found[i] && value_bytes)
             kv_copy(values + i * value_bytes, kv_value(t, nodes[i], places[i]),
                     value_bytes);
+    }
 }
 
 /* Any number of keys, in any order; without a look at the delta. values: as
@@ -2957,7 +3018,7 @@ static int kv_edit_begin(struct kv_tree *t, struct kv_edit *e,
 static const unsigned char *kv_edit_find(const struct kv_edit *e,
                                          const void *key)
 {
-    return kv_tree_find(e->tree, e->version, key);
+    return kv_tree_find(e->tree, e->version, key, true);
 }
 
 /* Restores T7 after the heads of the node were changed; leaves have none. */
@@ -3337,7 +3398,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
 
         assert(!kv_node_full(t, node));
         /* The split, or the copy, of a leaf touches all of it. */
-        if (node->level == 1) kv_node_prefetch(child, t->leaf.bytes);
+        if (node->level == 1) kv_node_prefetch(child, 0, t->leaf.bytes);
         /* The key may belong to either half of a node that was split. */
         if (child->level > 0 && KV_UNLIKELY(kv_node_full(t, child))) {
             (void)kv_edit_own(e, &kv_children(t, node)[i]);
@@ -3946,10 +4007,10 @@ static void kv_edit_abort(struct kv_edit *e)
  *     [ 32 fingerprints | count | root ... dead ][ record 0 | record 1 | .. ]
  *
  * A put writes its record, then its fingerprint, then the count; the store of
- * the count releases the other two. A reader compares fingerprints first, and
- * reads count and records only if one fits. Because it may do so while puts
- * arrive, two looks at one delta can differ by the puts in between: one count
- * is one state.
+ * the count releases the other two. A reader that finds a count compares
+ * fingerprints, and reads records only if one fits. Because it may do so while
+ * puts arrive, two looks at one delta can differ by the puts in between: one
+ * count is one state.
  *
  * How the rules are kept. D2: the first put after a settling reserves memory
  * for a full delta, and a version for the case that a reader is in the way;
@@ -4009,9 +4070,9 @@ static uint64_t kv_delta_print(const struct kv_tree *t, const void *key)
 }
 
 /*
- * Can the delta have a put with this key? It has not, mostly; and while
- * another thread puts, this is the only line of the delta that is read. False
- * is certain for all puts that the caller could know of.
+ * Can the delta have a put with this key? It has not, mostly; then this is the
+ * only line of the delta that is read. False is certain for all puts that the
+ * caller could know of.
  *
  * Four fingerprints to a word, each compared by exclusive or, and the words
  * searched for 16 bits that are zero: Warren, Hacker's Delight, 6-1. Borrows
@@ -4247,18 +4308,30 @@ static struct kv_totals kv_tree_totals(struct kv_tree *t)
     return totals;
 }
 
-/* The value of a key in a pinned version, or NULL. A put in the delta is
- * newer than what the tree has for its key. */
-static const unsigned char *kv_tree_get(const struct kv_tree *t,
-                                        const struct kv_version *v,
-                                        const void *key)
+/* The value of a key in the delta, or NULL. Kept out of kv_tree_get, most of
+ * whose callers meet no delta. */
+KV_NOINLINE
+static const unsigned char *kv_delta_get(const struct kv_tree *t,
+                                         const struct kv_version *v,
+                                         const void *key)
+{
+    return kv_delta_may_have(t, v, key)
+        ? kv_delta_find(t, v, kv_delta_count(v), key) : NULL;
+}
+
+/* The value of a key in a version that is held, which has no delta (D4), or
+ * pinned, or NULL. A put in the delta is newer than what the tree has for its
+ * key. */
+static inline const unsigned char *kv_tree_get(const struct kv_tree *t,
+                                               const struct kv_version *v,
+                                               const void *key, bool held)
 {
     const unsigned char *value = NULL;
 
     assert(v);
-    if (KV_UNLIKELY(kv_delta_may_have(t, v, key)))
-        value = kv_delta_find(t, v, kv_delta_count(v), key);
-    return value ? value : kv_tree_find(t, v, key);
+    assert(!held || kv_delta_count(v) == 0);
+    if (!held && kv_delta_count(v) > 0) value = kv_delta_get(t, v, key);
+    return value ? value : kv_tree_find(t, v, key, !held);
 }
 
 /* The same for up to KV_BATCH keys; what is in the delta replaces what the
@@ -4828,7 +4901,6 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     /* Asked once: the result steers every search. */
 #if KV_X86
     t->avx2 = __builtin_cpu_supports("avx2");
-    t->sse42 = __builtin_cpu_supports("sse4.2");
 #endif
     /* Both layouts follow from the widths: nothing else of them is stored. */
     kv_layout_init(&t->leaf, shape->tail_bytes + shape->value_bytes, 0,
@@ -13545,11 +13617,12 @@ void kvmeta_options_init(struct kvmeta_options *options, uint32_t key_bytes,
     options->value_bytes = value_bytes;
 }
 
-/* v: pinned or held. value NULL: only asks whether there is a record. */
-static int kv_read_value(const struct kv_tree *t, const struct kv_version *v,
-                         const void *key, void *value)
+/* v: held, or else pinned. value NULL: only asks whether there is a record. */
+static inline int kv_read_value(const struct kv_tree *t,
+                                const struct kv_version *v, const void *key,
+                                bool held, void *value)
 {
-    const unsigned char *found = kv_tree_get(t, v, key);
+    const unsigned char *found = kv_tree_get(t, v, key, held);
 
     assert(key);
     if (!found) return KVMETA_NOT_FOUND;
@@ -13568,7 +13641,7 @@ int kvmeta_get(kvmeta *db, const void *key, void *value)
     if (!db || !key) return KVMETA_E_INVALID;
     if (!value && db->env.shape.value_bytes) return KVMETA_E_INVALID;
     v = kv_tree_pin(&db->tree, &slot);
-    rc = kv_read_value(&db->tree, v, key, value);
+    rc = kv_read_value(&db->tree, v, key, false, value);
     kv_tree_unpin(&db->tree, slot);
     return rc;
 }
@@ -13581,7 +13654,7 @@ int kvmeta_has(kvmeta *db, const void *key)
 
     if (!db || !key) return KVMETA_E_INVALID;
     v = kv_tree_pin(&db->tree, &slot);
-    rc = kv_read_value(&db->tree, v, key, NULL);
+    rc = kv_read_value(&db->tree, v, key, false, NULL);
     kv_tree_unpin(&db->tree, slot);
     return rc;
 }
@@ -13912,7 +13985,8 @@ int kvmeta_snapshot_get(const kvmeta_snapshot *snapshot, const void *key,
 {
     if (!snapshot || !key) return KVMETA_E_INVALID;
     if (!value && snapshot->db->env.shape.value_bytes) return KVMETA_E_INVALID;
-    return kv_read_value(&snapshot->db->tree, snapshot->version, key, value);
+    return kv_read_value(&snapshot->db->tree, snapshot->version, key, true,
+                         value);
 }
 
 int kvmeta_snapshot_get_many(const kvmeta_snapshot *snapshot, const void *keys,

@@ -71,6 +71,45 @@ static void get_many_sees_every_number_of_buffered_puts(struct unit *u)
     unit_close(db);
 }
 
+static void ones_expect(kvmeta *db, const unsigned char *key, int there)
+{
+    int want = there ? KVMETA_OK : KVMETA_NOT_FOUND;
+    unsigned char value[8], found;
+    kvmeta_snapshot *snapshot;
+
+    assert_int_equal(kvmeta_get(db, key, value), want);
+    unit_ok(kvmeta_get_many(db, key, 1, value, &found));
+    assert_int_equal(found, there);
+    unit_ok(kvmeta_snapshot_take(db, &snapshot));
+    assert_int_equal(kvmeta_snapshot_get(snapshot, key, value), want);
+    kvmeta_snapshot_release(snapshot);
+}
+
+/* Goal: a key whose head looks like the padding behind a leaf's last key is
+ * found while it is there, and only then: what it has left behind the last
+ * record is none. Method: the key of all ones, alone, behind others and behind
+ * one with the same head, before and after its removal. */
+static void a_removed_key_of_all_ones_is_not_found(struct unit *u)
+{
+    struct kvmeta_options options = unit_options(u, 16, 8);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char ones[16], key[16] = {0}, value[8] = {0};
+    int round;
+
+    memset(ones, 0xff, sizeof ones);
+    for (round = 0; round < 3; round++) {
+        ones_expect(db, ones, 0);
+        unit_ok(kvmeta_put(db, ones, value, 0));
+        ones_expect(db, ones, 1);
+        unit_ok(kvmeta_remove(db, ones, 0));
+        ones_expect(db, ones, 0);
+        if (round == 1) memset(key, 0xff, 8);
+        unit_ok(kvmeta_put(db, key, value, 0));
+        ones_expect(db, key, 1);
+    }
+    unit_close(db);
+}
+
 static int scan_never(void *user, const void *key, const void *value)
 {
     (void)user, (void)key, (void)value;
@@ -435,6 +474,7 @@ static void a_snapshot_does_not_see_puts_that_wait(struct unit *u)
 static struct unit_case cases[] = {
     UNIT_CASE(get_many_keeps_the_places_of_missing_keys),
     UNIT_CASE(get_many_sees_every_number_of_buffered_puts),
+    UNIT_CASE(a_removed_key_of_all_ones_is_not_found),
     UNIT_CASE(scan_sees_its_range_in_order),
     UNIT_CASE(scan_keeps_its_state_while_its_function_writes),
     UNIT_CASE(digest_does_not_depend_on_history),
