@@ -2313,9 +2313,10 @@ static inline void kv_node_prefetch(const struct kv_node *node, uint32_t from,
     }
 }
 
-/* The body of kv_tree_find. The upper levels are in a cache; of a node of
- * level 1 all but the tails is asked for at once, and all of a leaf, if the
- * search is alone. */
+/* The body of kv_tree_find. A search that is alone asks for all of each node
+ * at once, but for the tails of inner ones. Another does so at level 1 only:
+ * the levels above are in a cache, if nobody writes, and asking costs
+ * instructions. */
 static KV_ALWAYS_INLINE const unsigned char *
 kv_tree_find_by(const struct kv_tree *t, const struct kv_version *v,
                 const void *key, bool alone, bool avx2)
@@ -2327,15 +2328,15 @@ kv_tree_find_by(const struct kv_tree *t, const struct kv_version *v,
     KV_SCHED_POINT("find");
     if (!node) return NULL;
     for (uint32_t level = v->height - 1; level > 0; level--) {
-        node = kv_children(t, node)[kv_inner_child_by(t, node, p, avx2)];
-        if (level == 2) {
+        if (alone || level == 1) {
             kv_node_prefetch(node, 0, t->inner.row_off);
             kv_node_prefetch(node, t->inner.child_off, t->inner.bytes);
         }
-        if (level == 1 && alone) kv_node_prefetch(node, 0, t->leaf.bytes);
+        node = kv_children(t, node)[kv_inner_child_by(t, node, p, avx2)];
         KV_SCHED_POINT("descend");
         assert(node->level + 1 == level);
     }
+    if (alone) kv_node_prefetch(node, 0, t->leaf.bytes);
     i = kv_count_less(kv_heads(node), t->leaf.cap_padded, p.head, avx2);
     return kv_tree_settle(t, node, p, &i) ? kv_value(t, node, i) : NULL;
 }
