@@ -471,6 +471,34 @@ static void a_snapshot_does_not_see_puts_that_wait(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: a search through a snapshot goes down any number of levels. Method:
+ * wide keys, of which a node holds few; even numbers are there. */
+static void a_snapshot_finds_the_keys_of_a_tall_tree(struct unit *u)
+{
+    enum { WIDE = 200, NUMBERS = 4000 };
+    struct kvmeta_options options = unit_options(u, WIDE, 8);
+    kvmeta *db = unit_open(u, &options);
+    unsigned char key[WIDE], value[8], got[8];
+    kvmeta_snapshot *snapshot;
+    uint64_t i;
+
+    for (i = 0; i < NUMBERS; i += 2) {
+        unit_key(WIDE, i, key);
+        unit_value(8, i, value);
+        unit_ok(kvmeta_put(db, key, value, KVMETA_BUFFERED));
+    }
+    unit_ok(kvmeta_snapshot_take(db, &snapshot));
+    for (i = 0; i < NUMBERS; i++) {
+        unit_key(WIDE, i, key);
+        unit_value(8, i, value);
+        assert_int_equal(kvmeta_snapshot_get(snapshot, key, got),
+                         i % 2 == 0 ? KVMETA_OK : KVMETA_NOT_FOUND);
+        if (i % 2 == 0) assert_memory_equal(got, value, 8);
+    }
+    kvmeta_snapshot_release(snapshot);
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(get_many_keeps_the_places_of_missing_keys),
     UNIT_CASE(get_many_sees_every_number_of_buffered_puts),
@@ -484,6 +512,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(wide_buffered_puts_are_seen_at_once),
     UNIT_CASE(buffered_puts_are_seen_at_once),
     UNIT_CASE(a_snapshot_does_not_see_puts_that_wait),
+    UNIT_CASE(a_snapshot_finds_the_keys_of_a_tall_tree),
 };
 
 UNIT_MAIN(cases)
