@@ -1879,9 +1879,9 @@ static void kv_pool_free(struct kv_pool *pool)
  * where an index would cost too much memory, they bisect the lines
  * (kv_leaf_rank_many).
  *
- * Counting uses vectors where the processor has them. Functions that end in
- * _by are compiled twice, into one for such processors and one for others, so
- * that counting needs no calls.
+ * Counting uses vectors where the processor has them. Functions that are told
+ * so by `avx2` are compiled twice, into one for such processors and one for
+ * others, so that counting needs no calls.
  *
  * This section only reads. Any thread may call it, on a version that it has
  * pinned or holds, or that is its own; what a function returns a pointer to
@@ -2162,8 +2162,9 @@ static inline size_t kv_count_avx2(const int64_t *heads, size_t n,
 }
 #endif
 
-/* Padding is not less than `head`, not even than the largest. avx2: as in the tree; where
- * it is a constant, in a function for such processors, nothing is called. */
+/* Padding is not less than `head`, not even than the largest. avx2: as in the
+ * tree; where it is a constant, in a function for such processors, nothing is
+ * called. */
 static KV_ALWAYS_INLINE size_t kv_count_less(const int64_t *heads, size_t n,
                                              int64_t head, bool avx2)
 {
@@ -2251,6 +2252,16 @@ static size_t kv_inner_child_equal(const struct kv_tree *t,
     return kv_node_rank(t, node, node->count - 1, p, true, &match);
 }
 
+/* Where the line of heads begins in which the head belongs, by the index. */
+static KV_ALWAYS_INLINE size_t kv_inner_line(const struct kv_tree *t,
+                                             const struct kv_node *node,
+                                             int64_t head, bool avx2)
+{
+    return kv_line_first(kv_count_less(kv_index(t, node),
+                                       kv_index_padded(&t->inner), head,
+                                       avx2));
+}
+
 /* The child in which the key belongs: a key that equals a separator is to the
  * right of it. Reads the index, and the line of heads that it leads to: the
  * first one with half of the next, which is not less. */
@@ -2259,9 +2270,7 @@ static KV_ALWAYS_INLINE size_t kv_inner_child_by(const struct kv_tree *t,
                                                  struct kv_probe p, bool avx2)
 {
     const int64_t *heads = kv_heads(node);
-    size_t i = kv_line_first(kv_count_less(kv_index(t, node),
-                                           kv_index_padded(&t->inner), p.head,
-                                           avx2));
+    size_t i = kv_inner_line(t, node, p.head, avx2);
 
     assert(node->count > 0);
     i += kv_count_less(heads + i, 8, p.head, avx2);
@@ -2375,9 +2384,7 @@ kv_inner_child_many(const struct kv_tree *t, const struct kv_probe *probes,
     size_t at[KV_BATCH];
 
     for (size_t i = 0; i < n; i++) {
-        at[i] = kv_line_first(kv_count_less(kv_index(t, nodes[i]),
-                                            kv_index_padded(&t->inner),
-                                            probes[i].head, avx2));
+        at[i] = kv_inner_line(t, nodes[i], probes[i].head, avx2);
         KV_PREFETCH(kv_heads(nodes[i]) + at[i]);
     }
     for (size_t i = 0; i < n; i++) {
