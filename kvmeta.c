@@ -1518,7 +1518,8 @@ const struct kvmeta_vfs *kvmeta_vfs_posix(void)
 enum {
     KV_SLAB_BYTES = 2 << 20,      /* a huge page of x86-64 and AArch64 */
     KV_AHEAD_MIN = 64 << 20,      /* of a pool that gets slabs ahead */
-    KV_POOL_KEEP = 64             /* free nodes that are always kept */
+    KV_POOL_KEEP = 64,            /* free nodes that are always kept */
+    KV_LINES_MAX = 5              /* of heads in a node: see "Tree" */
 };
 
 _Static_assert((KV_SLAB_BYTES & (KV_SLAB_BYTES - 1)) == 0, "for kv_slab_map");
@@ -1576,11 +1577,14 @@ struct kv_node {
     uint64_t gen;                 /* of the version in which it was made */
     struct kv_node *dead_next;    /* in a dead list, or a slab's free list */
     struct kv_slab *slab;
-    uint32_t count;               /* records, or children */
-    uint32_t level;               /* 0: leaf */
+    uint16_t count;               /* records, or children */
+    uint8_t level;                /* 0: leaf */
+    uint8_t fill[KV_LINES_MAX];   /* records of each block; leaves only */
 };
 
 _Static_assert(sizeof(struct kv_node) % 8 == 0, "heads must stay aligned");
+_Static_assert(sizeof(struct kv_node) + 8 * (KV_LINES_MAX - 1)
+               <= KV_CACHE_LINE, "header and index fill the first line");
 #if KV_X86
 _Static_assert(sizeof(struct kv_node) == 32, "vectors of heads are aligned");
 #endif
@@ -1852,32 +1856,39 @@ static void kv_pool_free(struct kv_pool *pool)
  * keys k with separator[i-1] <= k < separator[i]. A separator need not be a
  * key of any record: the one that it was copied from may have been removed.
  *
+ * Heads fill up to five cache lines, behind a first one with the header and
+ * the index: the first head of each line of heads but the first. So a search
+ * reads two lines of heads, however many there are. Two nodes for records of
+ * 16 + 16 bytes on 64 bits, offsets in bytes:
  *
- * Two nodes for records of 16 + 16 bytes on 64 bits, offsets in bytes:
+ *     leaf    0        32        64         384                       1344
+ *             header | index 4 | 40 heads | 40 rows: tail 8, value 16 |
  *
- *     leaf    0      32               448                           1536
- *             header | 52 heads, 45 used | 45 rows: tail 8, value 16 |
+ *     inner   0        32        64         384             704         1032
+ *             header | index 4 | 40 heads | 40 rows: tail 8 | 41 children |
  *
- *     inner   0      32         576       640             1192          1744
- *             header | 68 heads | index 8 | 69 rows: tail 8 | 69 children |
+ * In an inner node keys are dense. In a leaf each line of heads, with its
+ * rows, is a block, which is filled from its front: an insert moves what is
+ * behind it in its block, and only where that is full, the records of all
+ * blocks are spread evenly anew. That is half of the memory that an insert
+ * into one dense array would touch. What is behind the last key of a block is
+ * padding (T4), so that a search need not ask where the keys end.
  *
- * The heads start in the middle of a node's first cache line and end with a
- * line; what is behind the last key is padding (T4), so that a search may
- * read whole lines without asking where the keys end.
+ *     block      0          1          2          3          4
+ *     heads      abcd....   efghi...   jk......   lmnopqrs   tuv.....
+ *     fill       4          5          2          8          3
+ *     index                 e          j          l          t
  *
  * Everything here is about waiting for memory: in a store of millions of
  * records nothing but the upper levels is in a cache. Waits must overlap. The
  * processor sees to that by itself, for as many searches as fit in its window
  * of a few hundred instructions, unless a branch is guessed wrong. So searches
  * are short, and branch on nothing that differs from node to node: they count
- * heads instead of bisecting them, always as many; an inner node has an index,
- * the first head of each line of heads but the first, which leads to the one
- * line that matters; tail and value stand side by side, since whoever has
- * found the one wants the other. A search that cannot overlap with the next
- * one asks for a whole leaf at once. Those for many keys overlap in any case,
- * and are bound by the number of lines that all of them touch: in leaves,
- * where an index would cost too much memory, they bisect the lines
- * (kv_leaf_rank_many).
+ * heads instead of bisecting them, always as many; tail and value stand side
+ * by side, since whoever has found the one wants the other. A single search
+ * asks for all heads of a leaf at once, so as not to wait for the index first.
+ * Those for many keys overlap in any case, and are bound by the number of
+ * lines that all of them touch.
  *
  * Counting uses vectors where the processor has them. Functions that are told
  * so by `avx2` are compiled twice, into one for such processors and one for
@@ -1889,20 +1900,16 @@ static void kv_pool_free(struct kv_pool *pool)
  * a path is at most KV_HEIGHT_MAX nodes long.
  *
  * (T1) keys ascend strictly within and across leaves; (T2) all leaves are at
- * level 0, a node's children one level below it; (T3) no node is empty;
- * (T4) heads behind the last one are KV_HEAD_PAD up to the padded capacity;
- * (T5) a child is never younger than its parent (gen); (T6) count and digest
- * are those of the records; (T7) the index of an inner node is that of its
- * heads.
+ * level 0, a node's children one level below it; (T3) no node is empty, nor
+ * any block of a leaf before one that is not; (T4) heads where no key is are
+ * KV_HEAD_PAD; (T5) a child is never younger than its parent (gen); (T6) count
+ * and digest are those of the records; (T7) the index is that of the heads.
  * ========================================================================== */
 
 enum {
-    /* Sizes of nodes, found by measuring. Wide records make larger ones: see
-     * the next two. A leaf of 2 KiB would make a get fetch more. */
+    /* Sizes that nodes are to have at most: wide records make larger ones. */
     KV_LEAF_BYTES = 1536,
-    KV_INNER_BYTES = 1792,        /* the index of 16-byte keys is one line */
-    KV_LEAF_MIN = 8,              /* records that a leaf has room for */
-    KV_INNER_MIN = 16,            /* children that an inner node has room for */
+    KV_INNER_BYTES = 1792,
     KV_HEIGHT_MAX = 24,           /* beyond what any memory can hold */
     KV_SLOTS = 64,                /* readers at a time; a bit each */
     /* Enough for waits for memory to overlap; also the size of arrays on the
@@ -1916,8 +1923,6 @@ enum {
 
 _Static_assert(KV_LEAF_BYTES % KV_CACHE_LINE == 0, "nodes are whole lines");
 _Static_assert(KV_INNER_BYTES % KV_CACHE_LINE == 0, "nodes are whole lines");
-_Static_assert(KV_LEAF_MIN >= 2, "a split leaves records on both sides");
-_Static_assert(KV_INNER_MIN >= 2, "a split leaves children on both sides");
 _Static_assert(KV_BATCH % 4 == 0, "four fingerprints make a word");
 #define KV_HEAD_PAD INT64_MAX
 
@@ -1925,9 +1930,7 @@ _Static_assert(KV_BATCH % 4 == 0, "four fingerprints make a word");
  * all leaves of a tree and one for all inner nodes; fixed at kv_tree_init. */
 struct kv_layout {
     uint32_t cap;                 /* records, or children */
-    uint32_t cap_padded;          /* heads that there is room for */
     uint32_t lines;               /* cache lines that heads are in */
-    uint32_t index_off;
     uint32_t row_off;
     uint32_t row_bytes;           /* of one row; may be 0 */
     uint32_t child_off;
@@ -2023,7 +2026,7 @@ static int64_t kv_head_flip(uint64_t head)
  * whether it may be changed is the edits' business (E1). */
 static int64_t *kv_heads(const struct kv_node *node)
 {
-    return (int64_t *)(uintptr_t)(node + 1);
+    return (int64_t *)((uintptr_t)node + KV_CACHE_LINE);
 }
 
 static unsigned char *kv_node_at(const struct kv_node *node, uint32_t off)
@@ -2071,109 +2074,105 @@ static struct kv_node **kv_children(const struct kv_tree *t,
     return (struct kv_node **)(void *)kv_node_at(inner, t->inner.child_off);
 }
 
-/* The index of an inner node: an entry for each line of heads but the first,
- * padded like heads. */
-static int64_t *kv_index(const struct kv_tree *t, const struct kv_node *inner)
+/* The first head of each line but the first; padding for lines that are
+ * empty, or that the layout does not have. */
+static int64_t *kv_index(const struct kv_node *node)
 {
-    assert(inner->level > 0);
-    return (int64_t *)(void *)kv_node_at(inner, t->inner.index_off);
+    return (int64_t *)(uintptr_t)(node + 1);
 }
 
-/* Where the heads of a line begin: the first line has room for four only. */
-static size_t kv_line_first(size_t line)
-{
-    return line > 0 ? 8 * line - 4 : 0;
-}
-
-/* The entries of an inner node's index, as many as fill its lines. */
-static uint32_t kv_index_padded(const struct kv_layout *l)
-{
-    return (uint32_t)kv_align_up(l->lines - 1, 8);
-}
-
-/* The most entries that fit in `bytes`, but at least `min` of them, in a node
- * that is then as large as it must be. child_bytes: 0 for leaves. The first
- * guess leaves out padding and rounding, so it can only be too high. */
+/* As many lines of 8 keys as fit in `bytes`, but at least `lines`, in a node
+ * that is then as large as it must be. child_bytes: 0 for leaves. */
 static void kv_layout_init(struct kv_layout *l, uint32_t row_bytes,
-                           uint32_t child_bytes, uint32_t bytes, uint32_t min)
+                           uint32_t child_bytes, uint32_t bytes,
+                           uint32_t lines)
 {
-    uint32_t entry = 8 + row_bytes + child_bytes;
-    uint32_t head = (uint32_t)sizeof(struct kv_node);
-    bool inner = child_bytes > 0;
+    uint32_t line_bytes = KV_CACHE_LINE + 8 * (row_bytes + child_bytes);
+    uint32_t fit = (bytes - KV_CACHE_LINE - child_bytes) / line_bytes;
 
-    assert(bytes > head);
+    assert(lines <= KV_LINES_MAX);
+    l->lines = (uint32_t)kv_min(kv_max(fit, lines), KV_LINES_MAX);
+    l->cap = 8 * l->lines + (child_bytes > 0);
     l->row_bytes = row_bytes;
-    for (l->cap = (uint32_t)kv_max(min, (bytes - head) / entry);; l->cap--) {
-        /* The heads fill their cache lines; a vector is four of them. */
-        l->cap_padded = (uint32_t)kv_align_up(l->cap - inner + 4, 8) - 4;
-        l->lines = (l->cap_padded + 4) / 8;
-        l->index_off = head + 8 * l->cap_padded;
-        l->row_off = l->index_off
-            + (inner ? 8 * kv_index_padded(l) : 0);
-        l->child_off = (uint32_t)kv_align_up(l->row_off + l->cap * row_bytes,
-                                             8);
-        l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
-                                         KV_CACHE_LINE);
-        assert(l->cap >= min);
-        assert(l->cap_padded >= l->cap - inner);
-        assert(l->cap_padded % 8 == 4);
-        if (l->bytes <= bytes || l->cap == min) return;
-    }
+    l->row_off = KV_CACHE_LINE * (1 + l->lines);
+    l->child_off = (uint32_t)kv_align_up(l->row_off
+                                         + 8 * l->lines * row_bytes, 8);
+    l->bytes = (uint32_t)kv_align_up(l->child_off + l->cap * child_bytes,
+                                     KV_CACHE_LINE);
 }
 
-/* How many of the n heads are less than `head`; n is the same for all nodes of
+/* How many of the n heads are at most `head`; n is the same for all nodes of
  * a layout. No branch depends on a node: guessed wrong, it would throw away
  * the searches behind it, which the processor has begun by then. */
 static inline size_t kv_count_plain(const int64_t *heads, size_t n,
                                     int64_t head)
 {
-    size_t less = 0;
+    size_t upto = 0;
 
-    for (size_t i = 0; i < n; i++) less += heads[i] < head;
-    return less;
+    for (size_t i = 0; i < n; i++) upto += heads[i] <= head;
+    return upto;
 }
 
-/* The same by vectors of 4, a line of heads at a time; n is a number of lines,
- * or half a line more: the first line of heads has room for four. Aligned to
- * the vector: a node starts on a cache line, its header is half a line. */
+/* The same of 4 or 8 heads by vectors. Aligned to them: a node starts on a
+ * cache line, and its header is half a line. */
 #if KV_X86
 __attribute__((target("avx2")))
 static inline unsigned kv_mask_avx2(const int64_t *heads, int64_t head)
 {
     __m256i x = _mm256_load_si256((const __m256i *)(const void *)heads);
-    __m256i less = _mm256_cmpgt_epi64(_mm256_set1_epi64x(head), x);
+    __m256i above = _mm256_cmpgt_epi64(x, _mm256_set1_epi64x(head));
 
     assert((uintptr_t)heads % sizeof x == 0);
-    return (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(less));
+    return (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(above));
 }
 
 __attribute__((target("avx2")))
-static inline size_t kv_count_avx2(const int64_t *heads, size_t n,
-                                   int64_t head)
+static inline size_t kv_line_rank_avx2(const int64_t *heads, int64_t head)
 {
-    size_t i = n % 8;
-    int less = i ? __builtin_popcount(kv_mask_avx2(heads, head)) : 0;
+    unsigned above = kv_mask_avx2(heads, head)
+        | kv_mask_avx2(heads + 4, head) << 4;
 
-    assert(i == 0 || i == 4);
-    for (; i < n; i += 8)
-        less += __builtin_popcount(kv_mask_avx2(heads + i, head)
-                                   | kv_mask_avx2(heads + i + 4, head) << 4);
-    return (size_t)less;
+    return 8 - (size_t)__builtin_popcount(above);
+}
+
+__attribute__((target("avx2")))
+static inline size_t kv_index_rank_avx2(const int64_t *index, size_t n,
+                                        int64_t head)
+{
+    return (size_t)__builtin_popcount(~kv_mask_avx2(index, head)
+                                      & ((1u << n) - 1));
 }
 #endif
 
-/* Padding is not less than `head`, not even than the largest. avx2: as in the
- * tree; where it is a constant, in a function for such processors, nothing is
+/* How many of the 8 heads of a line are at most `head`. avx2: as in the tree;
+ * where it is a constant, in a function for such processors, nothing is
  * called. */
-static KV_ALWAYS_INLINE size_t kv_count_less(const int64_t *heads, size_t n,
-                                             int64_t head, bool avx2)
+static KV_ALWAYS_INLINE size_t kv_line_rank(const int64_t *heads, int64_t head,
+                                            bool avx2)
 {
 #if KV_X86
-    if (KV_LIKELY(avx2)) return kv_count_avx2(heads, n, head);
+    if (KV_LIKELY(avx2)) return kv_line_rank_avx2(heads, head);
 #else
     (void)avx2;
 #endif
-    return kv_count_plain(heads, n, head);
+    return kv_count_plain(heads, 8, head);
+}
+
+/* Where the line of heads begins in which the head belongs: the last one that
+ * does not begin above it, or the first. */
+static KV_ALWAYS_INLINE size_t kv_node_line(const struct kv_layout *l,
+                                            const struct kv_node *node,
+                                            int64_t head, bool avx2)
+{
+    size_t n = l->lines - 1;
+
+#if KV_X86
+    if (KV_LIKELY(avx2))
+        return 8 * kv_index_rank_avx2(kv_index(node), n, head);
+#else
+    (void)avx2;
+#endif
+    return 8 * kv_count_plain(kv_index(node), n, head);
 }
 
 /* A key in the form in which it is compared. Points into the key that it was
@@ -2192,51 +2191,38 @@ static struct kv_probe kv_probe_make(const struct kv_tree *t, const void *key)
     return p;
 }
 
-/*
- * Number of the node's n keys that are less than the key; with `equal` those
- * that are equal count, too. *match: one of them is equal, which is the
- * one at the result, or with `equal` the one before it.
- *
- * Most keys differ in their heads, so most calls end after the first count,
- * or after a look at one tail. Only where several keys share the head, the
- * tails of all those are searched, low <= result <= high. The next larger
- * head ends them; there is none above KV_HEAD_PAD, where it would overflow.
- */
-static size_t kv_node_rank(const struct kv_tree *t, const struct kv_node *node,
-                           size_t n, struct kv_probe p, bool equal,
-                           bool *match)
+/* The key at i of a node; valid while the node is. */
+static struct kv_probe kv_key_at(const struct kv_tree *t,
+                                 const struct kv_node *node, size_t i)
 {
-    const int64_t *heads = kv_heads(node);
-    size_t tail_bytes = t->env->shape.tail_bytes;
-    size_t padded = kv_layout_of(t, node)->cap_padded;
-    size_t low = kv_count_less(heads, padded, p.head, t->avx2);
-    size_t high;
+    struct kv_probe p = {kv_heads(node)[i], kv_row(t, node, i)};
 
-    assert(n <= node->count);
-    assert(low <= n);
-    *match = false;
-    if (low >= n || heads[low] != p.head) return low;
-    if (kv_same(kv_row(t, node, low), p.tail, tail_bytes)) {
-        *match = true;
-        return low + equal;
-    }
-    /* Where do the keys with this head end? */
-    if (low + 1 < n && heads[low + 1] == p.head)
-        high = p.head == KV_HEAD_PAD ? n
-            : kv_count_less(heads, padded, p.head + 1, t->avx2);
-    else
-        high = low + 1;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        int c = memcmp(kv_row(t, node, middle), p.tail, tail_bytes);
+    return p;
+}
 
-        if (c == 0) *match = true;
-        if (c < 0 || (c == 0 && equal))
+/* As memcmp of the whole keys. */
+static int kv_probe_compare(const struct kv_tree *t, struct kv_probe a,
+                            struct kv_probe b)
+{
+    if (a.head != b.head) return a.head < b.head ? -1 : 1;
+    return memcmp(a.tail, b.tail, t->env->shape.tail_bytes);
+}
+
+/* How many of the n keys from the first-th on are at most the key, for keys
+ * whose heads alone do not tell. */
+static size_t kv_keys_upto(const struct kv_tree *t, const struct kv_node *node,
+                           size_t first, size_t n, struct kv_probe p)
+{
+    size_t low = 0;
+
+    while (low < n) {
+        size_t middle = low + (n - low) / 2;
+
+        if (kv_probe_compare(t, kv_key_at(t, node, first + middle), p) <= 0)
             low = middle + 1;
         else
-            high = middle;
+            n = middle;
     }
-    assert(low <= n);
     return low;
 }
 
@@ -2247,36 +2233,32 @@ static size_t kv_inner_child_equal(const struct kv_tree *t,
                                    const struct kv_node *node,
                                    struct kv_probe p)
 {
-    bool match;
-
-    return kv_node_rank(t, node, node->count - 1, p, true, &match);
-}
-
-/* Where the line of heads begins in which the head belongs, by the index. */
-static KV_ALWAYS_INLINE size_t kv_inner_line(const struct kv_tree *t,
-                                             const struct kv_node *node,
-                                             int64_t head, bool avx2)
-{
-    return kv_line_first(kv_count_less(kv_index(t, node),
-                                       kv_index_padded(&t->inner), head,
-                                       avx2));
+    return kv_keys_upto(t, node, 0, node->count - 1u, p);
 }
 
 /* The child in which the key belongs: a key that equals a separator is to the
- * right of it. Reads the index, and the line of heads that it leads to: the
- * first one with half of the next, which is not less. */
+ * right of it. i is what counting has found: the separators whose heads are
+ * not above the key's. The last of these decides whether that is enough; it is
+ * what looks like padding, too, of which all was counted. */
+static KV_ALWAYS_INLINE size_t kv_inner_settle(const struct kv_tree *t,
+                                               const struct kv_node *node,
+                                               struct kv_probe p, size_t i)
+{
+    if (KV_UNLIKELY(i > 0 && kv_heads(node)[i - 1] == p.head))
+        i = kv_inner_child_equal(t, node, p);
+    assert(i < node->count);
+    return i;
+}
+
 static KV_ALWAYS_INLINE size_t kv_inner_child_by(const struct kv_tree *t,
                                                  const struct kv_node *node,
                                                  struct kv_probe p, bool avx2)
 {
-    const int64_t *heads = kv_heads(node);
-    size_t i = kv_inner_line(t, node, p.head, avx2);
+    size_t i = kv_node_line(&t->inner, node, p.head, avx2);
 
     assert(node->count > 0);
-    i += kv_count_less(heads + i, 8, p.head, avx2);
-    if (KV_UNLIKELY(heads[i] == p.head)) i = kv_inner_child_equal(t, node, p);
-    assert(i < node->count);
-    return i;
+    i += kv_line_rank(kv_heads(node) + i, p.head, avx2);
+    return kv_inner_settle(t, node, p, i);
 }
 
 static size_t kv_inner_child(const struct kv_tree *t,
@@ -2285,26 +2267,65 @@ static size_t kv_inner_child(const struct kv_tree *t,
     return kv_inner_child_by(t, node, p, t->avx2);
 }
 
-/* Is the key in the leaf? *place: where its head would be; gets where the key
- * is, or would be, which only differs where records share a head. Leaves the
- * leaf's header alone, which may not be in a cache; so what looks like
- * padding is searched for. */
-static KV_ALWAYS_INLINE bool kv_tree_settle(const struct kv_tree *t,
+/* The place of a key in a leaf is behind the last record that is not above it,
+ * in the same block; or 0, if there is none. The block that this is: */
+static size_t kv_place_block(size_t place)
+{
+    return place > 0 ? (place - 1) / 8 : 0;
+}
+
+/* The place of a key whose head is found in the leaf: the whole key decides. */
+KV_NOINLINE
+static size_t kv_leaf_place_equal(const struct kv_tree *t,
+                                  const struct kv_node *leaf,
+                                  struct kv_probe p)
+{
+    size_t b = 0;
+
+    while (b + 1 < t->leaf.lines && leaf->fill[b + 1] > 0
+           && kv_probe_compare(t, kv_key_at(t, leaf, 8 * b + 8), p) <= 0)
+        b++;
+    return 8 * b + kv_keys_upto(t, leaf, 8 * b, leaf->fill[b], p);
+}
+
+/* Settles what counting has found: *place is behind the last head that is not
+ * above the key's. Is the key in the leaf? Then it is right before *place. */
+static KV_ALWAYS_INLINE bool kv_leaf_settle(const struct kv_tree *t,
                                             const struct kv_node *leaf,
                                             struct kv_probe p, size_t *place)
 {
-    bool match;
+    size_t i = *place - 1;
 
     assert(leaf->level == 0);
-    assert(*place <= leaf->count);
-    if (*place >= t->leaf.cap || kv_heads(leaf)[*place] != p.head)
-        return false;
+    if (*place == 0 || kv_heads(leaf)[i] != p.head) return false;
+    /* What looks like padding may be that; its row has been left over. */
     if (KV_LIKELY(p.head != KV_HEAD_PAD)
-        && KV_LIKELY(kv_same(kv_leaf_row(t, leaf, *place), p.tail,
+        && KV_LIKELY(kv_same(kv_leaf_row(t, leaf, i), p.tail,
                              t->env->shape.tail_bytes)))
         return true;
-    *place = kv_node_rank(t, leaf, leaf->count, p, false, &match);
-    return match;
+    *place = kv_leaf_place_equal(t, leaf, p);
+    return *place > 0
+        && kv_probe_compare(t, kv_key_at(t, leaf, *place - 1), p) == 0;
+}
+
+static KV_ALWAYS_INLINE size_t kv_leaf_count_by(const struct kv_tree *t,
+                                                const struct kv_node *leaf,
+                                                int64_t head, bool avx2)
+{
+    size_t line = kv_node_line(&t->leaf, leaf, head, avx2);
+
+    return line + kv_line_rank(kv_heads(leaf) + line, head, avx2);
+}
+
+/* The place of the key. *match: the key is right before it. */
+static size_t kv_leaf_place(const struct kv_tree *t,
+                            const struct kv_node *leaf, struct kv_probe p,
+                            bool *match)
+{
+    size_t place = kv_leaf_count_by(t, leaf, p.head, t->avx2);
+
+    *match = kv_leaf_settle(t, leaf, p, &place);
+    return place;
 }
 
 /* Bytes from..to of a node, and what is left of four lines; of the leaves of
@@ -2343,11 +2364,14 @@ kv_tree_find_by(const struct kv_tree *t, const struct kv_version *v,
         }
         node = kv_children(t, node)[kv_inner_child_by(t, node, p, avx2)];
         KV_SCHED_POINT("descend");
-        assert(node->level + 1 == level);
+        assert(node->level + 1u == level);
     }
-    if (alone) kv_node_prefetch(node, 0, t->leaf.bytes);
-    i = kv_count_less(kv_heads(node), t->leaf.cap_padded, p.head, avx2);
-    return kv_tree_settle(t, node, p, &i) ? kv_value(t, node, i) : NULL;
+    if (alone)
+        kv_node_prefetch(node, 0, t->leaf.bytes);
+    else
+        kv_node_prefetch(node, 0, t->leaf.row_off);
+    i = kv_leaf_count_by(t, node, p.head, avx2);
+    return kv_leaf_settle(t, node, p, &i) ? kv_value(t, node, i - 1) : NULL;
 }
 
 #if KV_X86
@@ -2384,68 +2408,35 @@ kv_inner_child_many(const struct kv_tree *t, const struct kv_probe *probes,
     size_t at[KV_BATCH];
 
     for (size_t i = 0; i < n; i++) {
-        at[i] = kv_inner_line(t, nodes[i], probes[i].head, avx2);
+        at[i] = kv_node_line(&t->inner, nodes[i], probes[i].head, avx2);
         KV_PREFETCH(kv_heads(nodes[i]) + at[i]);
     }
     for (size_t i = 0; i < n; i++) {
-        at[i] += kv_count_less(kv_heads(nodes[i]) + at[i], 8, probes[i].head,
-                               avx2);
+        at[i] += kv_line_rank(kv_heads(nodes[i]) + at[i], probes[i].head,
+                              avx2);
         KV_PREFETCH(kv_children(t, nodes[i]) + at[i]);
     }
     for (size_t i = 0; i < n; i++) {
-        if (KV_UNLIKELY(kv_heads(nodes[i])[at[i]] == probes[i].head))
-            at[i] = kv_inner_child_equal(t, nodes[i], probes[i]);
-        assert(at[i] < nodes[i]->count);
+        at[i] = kv_inner_settle(t, nodes[i], probes[i], at[i]);
         nodes[i] = kv_children(t, nodes[i])[at[i]];
+        KV_PREFETCH(kv_index(nodes[i]));
     }
 }
 
-/*
- * The rank of each key among the heads of its leaf: a binary search over cache
- * lines, all keys in step, each with its next line on the way while the others
- * are looked at. It reads few of a leaf's lines, and the memory system can
- * fetch only so many at a time.
- *
- * All leaves have one layout, so one count of lines serves all keys. The
- * search keeps the last line that starts below the key (or line 0), and counts
- * in it; padding is not below any key.
- */
+/* Where counting the heads of its leaf leads each key, for kv_leaf_settle: by
+ * the index and one line of heads, all keys in step. */
 static KV_ALWAYS_INLINE void
-kv_leaf_rank_many(const struct kv_tree *t, const struct kv_probe *probes,
-                  const struct kv_node *const *leaves, size_t n,
-                  size_t *ranks, bool avx2)
+kv_leaf_count_many(const struct kv_tree *t, const struct kv_probe *probes,
+                   const struct kv_node *const *leaves, size_t n,
+                   size_t *places, bool avx2)
 {
-    size_t lines = t->leaf.lines;
-    size_t half;
-
-    assert(n <= KV_BATCH);
-    assert(lines > 1);
     for (size_t i = 0; i < n; i++) {
-        ranks[i] = 0;             /* a line, until the end */
-        KV_PREFETCH(kv_heads(leaves[i]) + 8 * (lines / 2) - 4);
+        places[i] = kv_node_line(&t->leaf, leaves[i], probes[i].head, avx2);
+        KV_PREFETCH(kv_heads(leaves[i]) + places[i]);
     }
-    /* The line is in [ranks[i], ranks[i] + lines), as long for all keys. */
-    for (; lines > 1; lines -= half) {
-        size_t next = (lines - lines / 2) / 2;
-
-        half = lines / 2;
-        for (size_t i = 0; i < n; i++) {
-            const int64_t *heads = kv_heads(leaves[i]) - 4;
-            size_t line = ranks[i];
-
-            /* Without a branch, which would be guessed wrong half the time. */
-            line += half & (0 - (size_t)(heads[8 * (line + half)]
-                                         < probes[i].head));
-            KV_PREFETCH(heads + 8 * (line + next));
-            ranks[i] = line;
-        }
-    }
-    /* The line is known, and in the cache: the heads in it are counted. */
-    for (size_t i = 0; i < n; i++) {
-        ranks[i] = kv_line_first(ranks[i]);
-        ranks[i] += kv_count_less(kv_heads(leaves[i]) + ranks[i], 8,
+    for (size_t i = 0; i < n; i++)
+        places[i] += kv_line_rank(kv_heads(leaves[i]) + places[i],
                                   probes[i].head, avx2);
-    }
 }
 
 /* The body of kv_tree_descend_many. Each loop touches only what the one before
@@ -2453,7 +2444,7 @@ kv_leaf_rank_many(const struct kv_tree *t, const struct kv_probe *probes,
 static KV_ALWAYS_INLINE void
 kv_tree_descend_many_by(const struct kv_tree *t, const struct kv_version *v,
                         const struct kv_probe *probes, size_t n,
-                        const struct kv_node **nodes, size_t *ranks,
+                        const struct kv_node **nodes, size_t *places,
                         bool avx2)
 {
     assert(n <= KV_BATCH);
@@ -2462,13 +2453,10 @@ kv_tree_descend_many_by(const struct kv_tree *t, const struct kv_version *v,
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
         KV_SCHED_POINT("descend");
-        for (size_t i = 0; i < n; i++)
-            for (size_t k = 0; k < kv_index_padded(&t->inner); k += 8)
-                KV_PREFETCH(kv_index(t, nodes[i]) + k);
         kv_inner_child_many(t, probes, nodes, n, avx2);
     }
     KV_SCHED_POINT("find");
-    kv_leaf_rank_many(t, probes, nodes, n, ranks, avx2);
+    kv_leaf_count_many(t, probes, nodes, n, places, avx2);
 }
 
 #if KV_X86
@@ -2477,26 +2465,26 @@ static void kv_tree_descend_many_avx2(const struct kv_tree *t,
                                       const struct kv_version *v,
                                       const struct kv_probe *probes, size_t n,
                                       const struct kv_node **nodes,
-                                      size_t *ranks)
+                                      size_t *places)
 {
-    kv_tree_descend_many_by(t, v, probes, n, nodes, ranks, true);
+    kv_tree_descend_many_by(t, v, probes, n, nodes, places, true);
 }
 #endif
 
-/* The leaves of up to KV_BATCH keys, and the ranks of their heads there. The
- * tree must have records. */
+/* The leaves of up to KV_BATCH keys, and their places there, to be settled.
+ * The tree must have records. */
 static void kv_tree_descend_many(const struct kv_tree *t,
                                  const struct kv_version *v,
                                  const struct kv_probe *probes, size_t n,
-                                 const struct kv_node **nodes, size_t *ranks)
+                                 const struct kv_node **nodes, size_t *places)
 {
 #if KV_X86
     if (KV_LIKELY(t->avx2)) {
-        kv_tree_descend_many_avx2(t, v, probes, n, nodes, ranks);
+        kv_tree_descend_many_avx2(t, v, probes, n, nodes, places);
         return;
     }
 #endif
-    kv_tree_descend_many_by(t, v, probes, n, nodes, ranks, false);
+    kv_tree_descend_many_by(t, v, probes, n, nodes, places, false);
 }
 
 /* Up to KV_BATCH keys of a tree that has records. */
@@ -2515,14 +2503,14 @@ static void kv_tree_find_batch(const struct kv_tree *t,
     kv_tree_descend_many(t, v, probes, n, nodes, places);
     /* The key's row, which may reach into a second line. */
     for (size_t i = 0; i < n; i++) {
-        KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i]));
-        KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i] + 1) - 1);
+        KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i] - (places[i] > 0)));
+        KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i]) - 1);
     }
     for (size_t i = 0; i < n; i++) {
-        found[i] = kv_tree_settle(t, nodes[i], probes[i], &places[i]);
+        found[i] = kv_leaf_settle(t, nodes[i], probes[i], &places[i]);
         if (found[i] && value_bytes)
-            kv_copy(values + i * value_bytes, kv_value(t, nodes[i], places[i]),
-                    value_bytes);
+            kv_copy(values + i * value_bytes,
+                    kv_value(t, nodes[i], places[i] - 1), value_bytes);
     }
 }
 
@@ -2858,6 +2846,7 @@ struct kv_edit {
     struct kv_tree *tree;
     struct kv_version *version;   /* the state that is built */
     struct kv_node *dead;         /* replaced nodes, of older gens */
+    uint64_t reshaped;            /* leaves split, or shared with a sibling */
     bool in_place;
 };
 
@@ -3029,32 +3018,31 @@ static const unsigned char *kv_edit_find(const struct kv_edit *e,
     return kv_tree_find(e->tree, e->version, key, true);
 }
 
-/* Restores T7 after the heads of the node were changed; leaves have none. */
+/* Restores T7 after the heads of the node were changed. */
 static void kv_index_make(const struct kv_tree *t, struct kv_node *node)
 {
     const int64_t *heads = kv_heads(node);
-    int64_t *index;
+    int64_t *index = kv_index(node);
 
-    if (node->level == 0) return;
-    index = kv_index(t, node);
-    for (size_t line = 1; line < t->inner.lines; line++)
-        index[line - 1] = heads[kv_line_first(line)];
+    for (size_t line = 1; line < kv_layout_of(t, node)->lines; line++)
+        index[line - 1] = heads[8 * line];
 }
 
 /* An empty node, with its heads and its index padded (T4, T7). Rows and
- * children are not cleared: nobody reads them beyond the count. */
+ * children are not cleared: nobody reads those that are not used. */
 static void kv_node_init(const struct kv_tree *t, struct kv_node *node,
                          uint32_t level, uint64_t gen)
 {
     const struct kv_layout *l = level == 0 ? &t->leaf : &t->inner;
-    int64_t *heads = kv_heads(node);
+    int64_t *index = kv_index(node);
 
     node->gen = gen;
     node->dead_next = NULL;
     node->count = 0;
-    node->level = level;
+    node->level = (uint8_t)level;
+    memset(node->fill, 0, sizeof node->fill);
     for (size_t i = 0; i < (l->row_off - sizeof *node) / 8; i++)
-        heads[i] = KV_HEAD_PAD;   /* the index follows the heads */
+        index[i] = KV_HEAD_PAD;   /* the heads follow the index */
 }
 
 /* An empty node of the edit's gen, which must be filled before the edit is
@@ -3111,17 +3099,11 @@ static struct kv_node *kv_edit_own(struct kv_edit *e, struct kv_node **ref)
     if (KV_LIKELY(old->gen == e->version->gen)) return old;
     assert(old->gen < e->version->gen);
     assert(old->count <= l->cap);
-    /* All three arrays, as far as they are used: the new node's heads are
-     * padded already, and an inner node's last row is never read. */
     node = kv_edit_new(e, old->level);
     node->count = old->count;
-    memcpy(kv_heads(node), kv_heads(old), 8 * (size_t)old->count);
-    memcpy(kv_node_at(node, l->row_off), kv_node_at(old, l->row_off),
-           (size_t)old->count * l->row_bytes);
-    if (old->level > 0)
-        memcpy(kv_children(e->tree, node), kv_children(e->tree, old),
-               old->count * sizeof old);
-    kv_index_make(e->tree, node);
+    memcpy(node->fill, old->fill, sizeof node->fill);
+    /* All arrays, with what is not used of them. */
+    memcpy(kv_index(node), kv_index(old), l->bytes - sizeof *node);
     *ref = node;
     kv_edit_retire(e, old);
     return node;
@@ -3135,8 +3117,9 @@ static size_t kv_node_keys(const struct kv_node *node)
 }
 
 /* Copies n heads and rows, within a node or from one to another: the keys of
- * an inner node, the records of a leaf. Both nodes are of one level; ranges
- * within a node may overlap. `from` keeps its count, and its heads. */
+ * an inner node, the records of a leaf, which must be packed, or of a block of
+ * it. Both nodes are of one level; ranges within a node may overlap. `from`
+ * keeps its count, and its heads. */
 static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
                          size_t to_i, const struct kv_node *from,
                          size_t from_i, size_t n)
@@ -3144,8 +3127,8 @@ static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
     size_t row_bytes = kv_layout_of(t, to)->row_bytes;
 
     assert(to->level == from->level);
-    assert(to_i + n <= kv_layout_of(t, to)->cap);
-    assert(from_i + n <= kv_layout_of(t, from)->cap);
+    assert(to_i + n <= 8 * kv_layout_of(t, to)->lines);
+    assert(from_i + n <= 8 * kv_layout_of(t, from)->lines);
     memmove(kv_heads(to) + to_i, kv_heads(from) + from_i, 8 * n);
     if (row_bytes)
         memmove(kv_row(t, to, to_i), kv_row(t, from, from_i), n * row_bytes);
@@ -3172,30 +3155,63 @@ static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
     kv_copy(kv_row(t, node, i), p.tail, t->env->shape.tail_bytes);
 }
 
-/* The key at i of a node; valid while the node is. */
-static struct kv_probe kv_key_at(const struct kv_tree *t,
-                                 const struct kv_node *node, size_t i)
+/*
+ * Where records are moved between leaves, they stand in one piece meanwhile:
+ * a leaf is packed, changed like the arrays of any other node, and spread over
+ * its blocks again.
+ */
+static void kv_leaf_pack(const struct kv_tree *t, struct kv_node *leaf)
 {
-    struct kv_probe p = {kv_heads(node)[i], kv_row(t, node, i)};
+    size_t n = leaf->fill[0];
 
-    assert(i < kv_node_keys(node));
-    return p;
+    for (size_t b = 1; b < t->leaf.lines; b++) {
+        kv_rows_move(t, leaf, n, leaf, 8 * b, leaf->fill[b]);
+        n += leaf->fill[b];
+    }
+    assert(n == leaf->count);
 }
 
-/* As memcmp of the whole keys. */
-static int kv_probe_compare(const struct kv_tree *t, struct kv_probe a,
-                            struct kv_probe b)
+/* The opposite, with as many records in each block, or one more: restores T3,
+ * T4 and T7 of the leaf. From the last block on, so that each finds its
+ * records where packing has left them. */
+static void kv_leaf_spread(const struct kv_tree *t, struct kv_node *leaf)
 {
-    if (a.head != b.head) return a.head < b.head ? -1 : 1;
-    return memcmp(a.tail, b.tail, t->env->shape.tail_bytes);
+    size_t lines = t->leaf.lines;
+    size_t each = leaf->count / lines;
+    size_t more = leaf->count % lines;
+    size_t n = leaf->count;
+
+    for (size_t b = lines; b-- > 0;) {
+        size_t fill = each + (b < more);
+
+        n -= fill;
+        kv_rows_move(t, leaf, 8 * b, leaf, n, fill);
+        leaf->fill[b] = (uint8_t)fill;
+        for (size_t i = 8 * b + fill; i < 8 * b + 8; i++)
+            kv_heads(leaf)[i] = KV_HEAD_PAD;
+    }
+    assert(n == 0);
+    kv_index_make(t, leaf);
 }
 
-/* Restores T4 after keys were taken from the end; `before` were there. Called
- * with the new count in place. */
-static void kv_node_pad(struct kv_node *node, size_t before)
+/* How many records are before the place, in all blocks. */
+static size_t kv_leaf_rank(const struct kv_node *leaf, size_t place)
 {
-    for (size_t i = kv_node_keys(node); i < before; i++)
-        kv_heads(node)[i] = KV_HEAD_PAD;
+    size_t block = kv_place_block(place);
+    size_t rank = place - 8 * block;
+
+    for (size_t b = 0; b < block; b++) rank += leaf->fill[b];
+    return rank;
+}
+
+/* Where the last record is. */
+static size_t kv_leaf_last(const struct kv_tree *t, const struct kv_node *leaf)
+{
+    size_t b = t->leaf.lines - 1;
+
+    assert(leaf->count > 0);
+    while (leaf->fill[b] == 0) b--;
+    return 8 * b + leaf->fill[b] - 1u;
 }
 
 /* Makes `child` the child at i > 0 of a node with room; `separator` comes to
@@ -3249,7 +3265,6 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     const struct kv_tree *t = e->tree;
     struct kv_node *left = kv_children(t, parent)[i];
     struct kv_node *right = kv_edit_new(e, left->level);
-    size_t before = kv_node_keys(left);
     size_t n = left->count;
     struct kv_probe separator;
 
@@ -3257,7 +3272,8 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     assert(left->gen == e->version->gen);
     assert(keep > 0);
     assert(keep < n);
-    right->count = (uint32_t)(n - keep);
+    if (left->level == 0) kv_leaf_pack(t, left);
+    right->count = (uint16_t)(n - keep);
     kv_rows_move(t, right, 0, left, keep, kv_node_keys(right));
     if (left->level > 0)
         kv_children_move(t, right, 0, left, keep, n - keep);
@@ -3265,8 +3281,14 @@ static void kv_edit_split(struct kv_edit *e, struct kv_node *parent, size_t i,
     separator = left->level == 0 ? kv_key_at(t, right, 0)
                                  : kv_key_at(t, left, keep - 1);
     kv_inner_insert(t, parent, i + 1, separator, right);
-    left->count = (uint32_t)keep;
-    kv_node_pad(left, before);
+    left->count = (uint16_t)keep;
+    if (left->level == 0) {
+        kv_leaf_spread(t, left);
+        kv_leaf_spread(t, right);
+        e->reshaped++;
+        return;
+    }
+    for (size_t k = keep - 1; k < n - 1; k++) kv_heads(left)[k] = KV_HEAD_PAD;
     kv_index_make(t, left);
     kv_index_make(t, right);
 }
@@ -3284,27 +3306,26 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
 
     /* To the left: behind its last record, and what stays moves up to the
      * front. To the right: room is made in front, and filled from the end. */
+    kv_leaf_pack(t, left);
+    kv_leaf_pack(t, right);
     if (to_left) {
-        size_t before = right->count;
-
         kv_rows_move(t, left, left->count, right, 0, n);
-        kv_rows_move(t, right, 0, right, n, before - n);
-        left->count += (uint32_t)n;
-        right->count -= (uint32_t)n;
-        kv_node_pad(right, before);
+        kv_rows_move(t, right, 0, right, n, right->count - n);
+        left->count = (uint16_t)(left->count + n);
+        right->count = (uint16_t)(right->count - n);
     } else {
-        size_t before = left->count;
-
         kv_rows_move(t, right, n, right, 0, right->count);
-        kv_rows_move(t, right, 0, left, before - n, n);
-        left->count -= (uint32_t)n;
-        right->count += (uint32_t)n;
-        kv_node_pad(left, before);
+        kv_rows_move(t, right, 0, left, left->count - n, n);
+        left->count = (uint16_t)(left->count - n);
+        right->count = (uint16_t)(right->count + n);
     }
     assert(left->count > 0);
     assert(right->count > 0);
     assert(left->count <= t->leaf.cap);
     assert(right->count <= t->leaf.cap);
+    kv_leaf_spread(t, left);
+    kv_leaf_spread(t, right);
+    e->reshaped++;
     kv_key_set(t, parent, i, kv_key_at(t, right, 0));
     kv_index_make(t, parent);
 }
@@ -3372,10 +3393,10 @@ static bool kv_leaf_ends_before(const struct kv_tree *t,
                                 const struct kv_node *leaf, struct kv_probe p)
 {
     bool match;
-    size_t i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    size_t place = kv_leaf_place(t, leaf, p, &match);
 
     assert(!match);
-    return i == leaf->count;
+    return kv_leaf_rank(leaf, place) == leaf->count;
 }
 
 /*
@@ -3420,27 +3441,77 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
     return node;
 }
 
-/* The place must be free: see kv_leaf_insert, or the end. Whether the keys
- * ascend is the caller's affair; so are count and digest of the version. */
+/* Makes a record of place i, which must be the free one behind the records of
+ * its block, or have been made free by moving them. Whether the keys ascend is
+ * the caller's affair; so are count and digest of the version. */
 static void kv_leaf_set(const struct kv_tree *t, struct kv_node *leaf,
                         size_t i, struct kv_probe p, const void *value)
 {
     assert(leaf->count < t->leaf.cap);
-    assert(i <= leaf->count);
+    assert(leaf->fill[i / 8] < 8);
     kv_key_set(t, leaf, i, p);
     kv_copy(kv_value(t, leaf, i), value, t->env->shape.value_bytes);
+    if (i % 8 == 0 && i > 0) kv_index(leaf)[i / 8 - 1] = p.head;
+    leaf->fill[i / 8]++;
     leaf->count++;
 }
 
-/* At the i-th place of a leaf with room: what is there, and behind, moves. */
-static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
-                           size_t i, struct kv_probe p, const void *value)
+/* The block that takes a record at the place: that of the record before it,
+ * or if that is full, and this one comes behind it, the next. One that is full
+ * in turn: there is no room. */
+static size_t kv_leaf_block_for(const struct kv_tree *t,
+                                const struct kv_node *leaf, size_t place)
 {
-    size_t n = leaf->count;
+    size_t b = kv_place_block(place);
 
-    assert(n < t->leaf.cap);
-    kv_rows_move(t, leaf, i + 1, leaf, i, n - i);
-    kv_leaf_set(t, leaf, i, p, value);
+    if (leaf->fill[b] == 8 && place == 8 * b + 8 && b + 1 < t->leaf.lines)
+        b++;
+    return b;
+}
+
+/* Inserts at the place of a leaf that is not full. What is behind it in its
+ * block moves; if the block is full, all of the leaf does. */
+static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
+                           size_t place, struct kv_probe p, const void *value)
+{
+    size_t b = kv_leaf_block_for(t, leaf, place);
+    size_t end = 8 * b + leaf->fill[b];
+
+    assert(leaf->count < t->leaf.cap);
+    if (KV_LIKELY(leaf->fill[b] < 8)) {
+        kv_rows_move(t, leaf, place + 1, leaf, place, end - place);
+        kv_leaf_set(t, leaf, place, p, value);
+        return;
+    }
+    /* As a part of the whole. */
+    place = kv_leaf_rank(leaf, place);
+    kv_leaf_pack(t, leaf);
+    kv_rows_move(t, leaf, place + 1, leaf, place, leaf->count - place);
+    kv_key_set(t, leaf, place, p);
+    kv_copy(kv_value(t, leaf, place), value, t->env->shape.value_bytes);
+    leaf->count++;
+    kv_leaf_spread(t, leaf);
+}
+
+/* Takes a record out. A block that it leaves without any must be the last that
+ * had some (T3); else all are spread anew. */
+static void kv_leaf_remove(const struct kv_tree *t, struct kv_node *leaf,
+                           size_t i)
+{
+    size_t b = i / 8;
+    size_t end = 8 * b + leaf->fill[b];
+
+    assert(i < end);
+    kv_rows_move(t, leaf, i, leaf, i + 1, end - 1 - i);
+    kv_heads(leaf)[end - 1] = KV_HEAD_PAD;
+    leaf->fill[b]--;
+    leaf->count--;
+    if (b > 0) kv_index(leaf)[b - 1] = kv_heads(leaf)[8 * b];
+    if (leaf->fill[b] == 0 && b + 1 < t->leaf.lines
+        && leaf->fill[b + 1] > 0) {
+        kv_leaf_pack(t, leaf);
+        kv_leaf_spread(t, leaf);
+    }
 }
 
 /* The path to a leaf: nodes and the child taken in each, by level;
@@ -3491,17 +3562,17 @@ static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
     kv_edit_make_room(e, path.nodes[1], path.index[1], append);
     i = kv_inner_child(t, path.nodes[1], p);
     leaf = kv_edit_own(e, &kv_children(t, path.nodes[1])[i]);
-    i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    i = kv_leaf_place(t, leaf, p, &match);
     assert(!match);
     kv_leaf_insert(t, leaf, i, p, value);
 }
 
-/* Puts at the i-th place of the leaf, where the key belongs; match: there is
- * a record with this key, which is replaced. value must not be NULL. The edit
- * owns the leaf. All puts but those of kv_edit_append end here, and keep the
- * version's count and digest (T6). */
-static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
-                           bool match, struct kv_probe p, const void *key,
+/* Puts at the key's place in the leaf; match: there is a record with this key,
+ * which is replaced. value must not be NULL. The edit owns the leaf; a full
+ * one has been found by kv_edit_descend. All puts but those of kv_edit_append
+ * end here, and keep the version's count and digest (T6). */
+static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
+                           size_t place, bool match, struct kv_probe p, const void *key,
                            const void *value)
 {
     struct kv_tree *t = e->tree;
@@ -3509,11 +3580,10 @@ static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
 
     /* Before the leaf changes: the old value is read from its place. */
     assert(leaf->gen == v->gen);
-    assert(i <= leaf->count);
-    assert(!match || kv_heads(leaf)[i] == p.head);
+    assert(!match || kv_heads(leaf)[place - 1] == p.head);
     kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key, value));
     if (match) {
-        unsigned char *old = kv_value(t, leaf, i);
+        unsigned char *old = kv_value(t, leaf, place - 1);
 
         kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, old));
         kv_copy(old, value, t->env->shape.value_bytes);
@@ -3521,23 +3591,20 @@ static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf, size_t i,
     }
     v->count++;
     if (KV_LIKELY(leaf->count < t->leaf.cap))
-        kv_leaf_insert(t, leaf, i, p, value);
+        kv_leaf_insert(t, leaf, place, p, value);
     else
         kv_edit_insert_full(e, p, value);
 }
 
-/* Puts a record; leaf: where the key belongs, if that is known, or NULL. A
- * leaf that is handed in must be the edit's own and have room. True: a record
- * was replaced. */
-static bool kv_edit_put(struct kv_edit *e, struct kv_node *leaf,
-                        struct kv_probe p, const void *key, const void *value)
+/* Puts a record, whose leaf is not known. True: one was replaced. */
+static bool kv_edit_put(struct kv_edit *e, struct kv_probe p, const void *key,
+                        const void *value)
 {
+    struct kv_node *leaf = kv_edit_descend(e, p);
     bool match;
-    size_t i;
+    size_t place = kv_leaf_place(e->tree, leaf, p, &match);
 
-    if (!leaf) leaf = kv_edit_descend(e, p);
-    i = kv_node_rank(e->tree, leaf, leaf->count, p, false, &match);
-    kv_edit_put_at(e, leaf, i, match, p, key, value);
+    kv_edit_put_at(e, leaf, place, match, p, key, value);
     return match;
 }
 
@@ -3560,10 +3627,19 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
     if (left->level > 0) {
         kv_key_set(t, left, n - 1, kv_key_at(t, parent, i));
         kv_children_move(t, left, n, right, 0, right->count);
+        kv_rows_move(t, left, n, right, 0, kv_node_keys(right));
+    } else {
+        kv_leaf_pack(t, left);
+        for (size_t b = 0; b < t->leaf.lines; b++) {
+            kv_rows_move(t, left, n, right, 8 * b, right->fill[b]);
+            n += right->fill[b];
+        }
     }
-    kv_rows_move(t, left, n, right, 0, kv_node_keys(right));
-    left->count += right->count;
-    kv_index_make(t, left);
+    left->count = (uint16_t)(left->count + right->count);
+    if (left->level > 0)
+        kv_index_make(t, left);
+    else
+        kv_leaf_spread(t, left);
     assert(left->count < kv_layout_of(t, left)->cap);
     kv_inner_remove(t, parent, i + 1);
     kv_edit_retire(e, right);
@@ -3630,11 +3706,11 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
     struct kv_path path;
     struct kv_node *leaf;
     bool match;
-    size_t i;
+    size_t place;
 
     if (!value) return false;
     assert(v->root);
-    assert(v->root->level + 1 == v->height);
+    assert(v->root->level + 1u == v->height);
     assert(v->count > 0);
     kv_digest_sub(&v->digest, kv_digest_record(&t->env->shape, key, value));
     v->count--;
@@ -3650,11 +3726,9 @@ static bool kv_edit_remove(struct kv_edit *e, const void *key)
     }
     /* Separators that equal the key may stay: they need not be keys. */
     leaf = path.nodes[0];
-    i = kv_node_rank(t, leaf, leaf->count, p, false, &match);
+    place = kv_leaf_place(t, leaf, p, &match);
     assert(match);
-    kv_rows_move(t, leaf, i, leaf, i + 1, leaf->count - 1 - i);
-    leaf->count--;
-    kv_heads(leaf)[leaf->count] = KV_HEAD_PAD;
+    kv_leaf_remove(t, leaf, place - 1);
     kv_edit_mend(e, &path);
     return true;
 }
@@ -3666,76 +3740,35 @@ struct kv_change {
     const void *value;
 };
 
-/*
- * Hints. kv_edit_apply looks all its keys up before it makes the first
- * change, and each put gets the leaf and the place that were found for it.
- * The puts before it may have made that wrong, in three ways: records of the
- * leaf have moved by a place or more; the leaf was split, or shared with a
- * sibling; its place is taken by an equal key. What a put believes is
- * therefore decided by the leaf as it is now, from the cheapest question to
- * the dearest:
- *
- *     kv_leaf_unmoved     between its neighbours still: use leaf and place
- *     kv_leaf_accepts     between first and last still: search the leaf
- *     otherwise           search from the root
- *
- * The leaves of hints are always the edit's own, since a copy would make the
- * hint point to the old one, and have room, since a full one needs its
- * parent.
- *
- * Can the key go into this leaf, where it belonged a few puts ago? It can if
- * the leaf has room, and holds smaller and larger keys: then its place is
- * between them, whatever was split off or shifted since. Heads alone decide;
- * a key that shares the first or the last head is searched for anew.
- */
-static bool kv_leaf_accepts(const struct kv_edit *e,
-                            const struct kv_node *leaf, int64_t head)
+/* Is the place between two records of the leaf? A key whose place that is
+ * belongs here, whatever has been split off or shifted. */
+static bool kv_leaf_has_within(const struct kv_tree *t,
+                               const struct kv_node *leaf, size_t place)
 {
-    const int64_t *heads = kv_heads(leaf);
-
-    assert(leaf->gen == e->version->gen);
-    return leaf->count < e->tree->leaf.cap && heads[0] < head
-        && head < heads[leaf->count - 1];
+    return place > 0 && place <= kv_leaf_last(t, leaf);
 }
 
-/* The same, and is its place still the one that it was? Reads one line,
- * and does not know keys that share a head. *match: the key is there. The
- * heads on both sides of the place must be below and not below the key's;
- * the first place has none below it in this leaf, so it is searched for. */
-static bool kv_leaf_unmoved(const struct kv_edit *e,
-                            const struct kv_node *leaf, size_t place,
-                            struct kv_probe p, bool *match)
-{
-    const struct kv_tree *t = e->tree;
-    const int64_t *heads = kv_heads(leaf);
-
-    assert(leaf->gen == e->version->gen);
-    if (leaf->count >= t->leaf.cap || place == 0 || place >= leaf->count
-        || heads[place - 1] >= p.head || p.head > heads[place])
-        return false;
-    *match = p.head == heads[place];
-    return !*match
-        || kv_same(kv_row(t, leaf, place), p.tail, t->env->shape.tail_bytes);
-}
-
-/* Fetches what a put at `place` of a leaf touches: all of a leaf that will be
- * copied; else the record that it replaces, or what is behind the place, which
- * moves. */
+/* Fetches what a put touches of a leaf in which counting has led to `place`:
+ * the record before it, if that is to be replaced; or what is behind it in its
+ * block, which moves; or all of a leaf, if all of it does, or it is copied. */
 static void kv_leaf_prefetch(const struct kv_edit *e,
                              const struct kv_node *leaf, size_t place,
                              int64_t head)
 {
     const struct kv_layout *l = &e->tree->leaf;
-    bool copied = leaf->gen != e->version->gen;
-    size_t from = copied ? 0 : place;
-    bool replaces = place < leaf->count && kv_heads(leaf)[place] == head;
-    size_t n = replaces && !copied ? place + 1 : leaf->count;
-    size_t end = l->row_off + n * l->row_bytes;
+    size_t b = kv_leaf_block_for(e->tree, leaf, place);
+    bool replaces = place > 0 && kv_heads(leaf)[place - 1] == head;
+    size_t from = replaces ? place - 1 : place;
+    size_t to = replaces ? place : 8 * b + leaf->fill[b] + 1u;
+    size_t end = l->row_off + to * l->row_bytes;
 
-    if (end > KV_INNER_BYTES) end = KV_INNER_BYTES;
-    for (size_t i = from; i < n + 8; i += 8) KV_PREFETCH(kv_heads(leaf) + i);
-    for (size_t off = l->row_off + from * l->row_bytes;
-         off < end + KV_CACHE_LINE; off += KV_CACHE_LINE)
+    if (leaf->gen != e->version->gen || (!replaces && leaf->fill[b] == 8)) {
+        kv_node_prefetch(leaf, 0, l->bytes);
+        return;
+    }
+    end = (size_t)kv_min(end, KV_INNER_BYTES) + KV_CACHE_LINE;
+    for (size_t off = l->row_off + from * l->row_bytes; off < end;
+         off += KV_CACHE_LINE)
         KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
 }
 
@@ -3760,62 +3793,68 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
     const struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
     struct kv_node *leaf = kv_tree_last_leaf(t, v);
+    size_t last = kv_leaf_last(t, leaf);
     size_t i;
 
     for (i = 0; i < n && changes[i].value; i++) {
         const void *key = changes[i].key;
         const void *value = changes[i].value;
 
-        if (kv_probe_compare(t, probes[i],
-                             kv_key_at(t, leaf, leaf->count - 1)) <= 0)
+        if (kv_probe_compare(t, probes[i], kv_key_at(t, leaf, last)) <= 0)
             break;
-        /* The search copies or splits the path, after which there is a last
-         * leaf that takes more. */
-        if (leaf->gen != v->gen || kv_node_full(t, leaf)) {
-            (void)kv_edit_put(e, NULL, probes[i], key, value);
+        /* The search copies or splits the path, or makes room, after which
+         * there is a last leaf that takes more. */
+        if (leaf->gen != v->gen || last + 1 == 8 * t->leaf.lines) {
+            (void)kv_edit_put(e, probes[i], key, value);
             leaf = kv_tree_last_leaf(t, v);
+            last = kv_leaf_last(t, leaf);
             continue;
         }
         kv_digest_add(&v->digest, kv_digest_record(&t->env->shape, key,
                                                    value));
-        kv_leaf_set(t, leaf, leaf->count, probes[i], value);
+        kv_leaf_set(t, leaf, ++last, probes[i], value);
         v->count++;
     }
     return i;
 }
 
 /* Fetches what many changes touch, so that their cache misses overlap: first
- * the paths, then what each will need of its leaf. leaves, places: hints for
+ * the paths, then what each will need of its leaf. leaves: for
  * kv_edit_put_near, good until the next removal. A leaf that will be copied
  * is not handed out: once it has been, others may free it. */
 static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
-                         size_t n, const struct kv_node **leaves,
-                         size_t *places)
+                         size_t n, const struct kv_node **leaves)
 {
-    /* The headers first: how much of a leaf is to be fetched stands there. */
+    size_t places[KV_BATCH];
+
     kv_tree_descend_many(e->tree, e->version, probes, n, leaves, places);
-    for (size_t i = 0; i < n; i++) KV_PREFETCH(leaves[i]);
     for (size_t i = 0; i < n; i++) {
         kv_leaf_prefetch(e, leaves[i], places[i], probes[i].head);
         if (leaves[i]->gen != e->version->gen) leaves[i] = NULL;
     }
 }
 
-/* Puts into a leaf where the key belonged at `place` a few puts ago; leaf
- * NULL: not known. Believes the whole hint, the leaf only, or none of it.
+/* Puts into a leaf where the key belonged a few puts ago; NULL: not known. It
+ * still does if no leaf has been reshaped since, or records of this one are on
+ * both sides of it. A full leaf is searched for anew: it needs its parent.
  * True: a record was replaced. */
 static bool kv_edit_put_near(struct kv_edit *e, struct kv_node *leaf,
-                             size_t place, struct kv_probe p,
+                             bool reshaped, struct kv_probe p,
                              const struct kv_change *change)
 {
-    bool match;
+    const struct kv_tree *t = e->tree;
 
-    if (!leaf || !kv_leaf_unmoved(e, leaf, place, p, &match)) {
-        if (leaf && !kv_leaf_accepts(e, leaf, p.head)) leaf = NULL;
-        return kv_edit_put(e, leaf, p, change->key, change->value);
+    if (leaf && leaf->count < t->leaf.cap) {
+        bool match;
+        size_t place = kv_leaf_place(t, leaf, p, &match);
+
+        if (match || !reshaped || kv_leaf_has_within(t, leaf, place)) {
+            kv_edit_put_at(e, leaf, place, match, p, change->key,
+                           change->value);
+            return match;
+        }
     }
-    kv_edit_put_at(e, leaf, place, match, p, change->key, change->value);
-    return match;
+    return kv_edit_put(e, p, change->key, change->value);
 }
 
 /*
@@ -3823,10 +3862,10 @@ static bool kv_edit_put_near(struct kv_edit *e, struct kv_node *leaf,
  * record. Memory for them has been reserved, so it cannot fail.
  *
  * What ascends behind the end of the tree goes there without a search. For
- * the rest, if it is worth it, all searches are made side by side before the
- * first change. What they found is checked before it is used, since the
- * changes in between may have moved or split what was there; removals may
- * even have freed it, so after one nothing of it is used any more.
+ * the rest, if it is worth it, the leaves of all are found side by side before
+ * the first change. The changes in between may have moved or split what was
+ * there, so each looks into its leaf again; removals may even have freed it,
+ * so after one nothing of what was found is used any more.
  */
 static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
                           size_t n, bool *found)
@@ -3834,7 +3873,7 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
     struct kv_tree *t = e->tree;
     const struct kv_node *leaves[KV_BATCH] = {NULL};
     struct kv_probe probes[KV_BATCH] = {{0}};
-    size_t places[KV_BATCH];
+    uint64_t reshaped;
     size_t i = 0;
 
     assert(n <= KV_BATCH);
@@ -3844,20 +3883,20 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
         i = kv_edit_append(e, changes, probes, n);
         memset(found, 0, i * sizeof *found);   /* all of them were new */
         if (n - i >= KV_WARM_MIN)
-            kv_edit_warm(e, probes + i, n - i, leaves + i, places + i);
+            kv_edit_warm(e, probes + i, n - i, leaves + i);
     }
+    reshaped = e->reshaped;
     /* In the caller's order, one by one: later changes of a key win. Those
-     * that were not warmed have no hint, and are searched for from the
+     * that were not warmed have no leaf, and are searched for from the
      * root. */
     for (; i < n; i++) {
-        struct kv_node *leaf = (struct kv_node *)(uintptr_t)leaves[i];
-
         if (!changes[i].value) {
             found[i] = kv_edit_remove(e, changes[i].key);
             memset(leaves, 0, sizeof leaves);   /* some may be freed now */
             continue;
         }
-        found[i] = kv_edit_put_near(e, leaf, leaf ? places[i] : 0, probes[i],
+        found[i] = kv_edit_put_near(e, (struct kv_node *)(uintptr_t)leaves[i],
+                                    e->reshaped != reshaped, probes[i],
                                     &changes[i]);
     }
 }
@@ -4400,17 +4439,17 @@ static void kv_tree_get_many(const struct kv_tree *t,
 /* A key with the whole of its head, even if it is shorter than that. */
 enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
 
-/* `heads` and `row` are what a step needs of path.nodes[0]; path.index[0] is
+/* `leaf` and `places` are what a step needs of path.nodes[0]; path.index[0] is
  * not kept up to date, `i` is. The path above is valid while n > 0. */
 struct kv_cursor {
     const struct kv_tree *tree;
     const struct kv_version *version;
-    const int64_t *heads;         /* of the leaf */
-    const unsigned char *row;     /* of the record */
-    size_t i;                     /* its place in the leaf */
+    const struct kv_node *leaf;
+    size_t i;                     /* of the n records, in order */
     size_t n;                     /* in the leaf; 0: on no record */
     size_t row_bytes;
     size_t tail_bytes;
+    uint8_t places[8 * KV_LINES_MAX + 8];   /* of the records in the leaf */
     struct kv_path path;          /* down to the leaf */
 };
 
@@ -4428,15 +4467,26 @@ static void kv_cursor_init(const struct kv_tree *t,
 
 /* To the i-th record of a leaf, whose path has been set. What a step needs is
  * copied to the cursor, so that the leaf is touched for the key and the value
- * only. */
+ * only. All places of a block are written, those that are free, too: the next
+ * block's come over them. */
 static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
                             size_t i)
 {
-    c->heads = kv_heads(leaf);
-    c->row = kv_row(c->tree, leaf, i);
+    static const uint8_t places[8 * KV_LINES_MAX] = {
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+        20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37,
+        38, 39};
+    size_t n = 0;
+
+    for (size_t b = 0; b < KV_LINES_MAX; b++) {
+        memcpy(c->places + n, places + 8 * b, 8);
+        n += leaf->fill[b];
+    }
+    c->leaf = leaf;
     c->i = i;
-    c->n = leaf->count;
-    assert(i < c->n);
+    c->n = n;
+    assert(n == leaf->count);
+    assert(i < n);
 }
 
 /* Goes from the node at `level`, which is on the path, down to its first, or
@@ -4547,7 +4597,6 @@ static bool kv_cursor_next(struct kv_cursor *c)
     assert(c->n == 0 || c->i < c->n);
     if (KV_LIKELY(c->i + 1 < c->n)) {
         c->i++;
-        c->row += c->row_bytes;
         return true;
     }
     return c->n > 0 && kv_cursor_cross(c, true);
@@ -4559,7 +4608,6 @@ static bool kv_cursor_prev(struct kv_cursor *c)
     assert(c->i < c->n);
     if (KV_LIKELY(c->i > 0)) {
         c->i--;
-        c->row -= c->row_bytes;
         return true;
     }
     return kv_cursor_cross(c, false);
@@ -4578,11 +4626,12 @@ static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
 
     c->n = 0;
     if (!c->version->root) return false;
-    /* The rank counts what is below the key, or with `le` what is not above
-     * it: the record wanted is at that place, or one before. */
+    /* The rank counts the records that are not above the key: wanted is the
+     * last of these, or if it is not equal, and must be, the next. */
     kv_path_find(t, c->version->root, p, &c->path);
     leaf = c->path.nodes[0];
-    rank = kv_node_rank(t, leaf, leaf->count, p, le, &match);
+    rank = kv_leaf_rank(leaf, kv_leaf_place(t, leaf, p, &match));
+    le = le || match;
     if (le ? rank == 0 : rank == leaf->count) return kv_cursor_cross(c, !le);
     kv_cursor_enter(c, leaf, rank - le);
     return true;
@@ -4595,8 +4644,10 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 {
     assert(c->i < c->n);
     /* All 8 bytes of the head, even of a shorter key: the buffer has room. */
-    kv_store_be64(key, (uint64_t)c->heads[c->i] ^ (uint64_t)1 << 63);
-    kv_copy(key + 8, c->row, c->tail_bytes);
+    kv_store_be64(key, (uint64_t)kv_heads(c->leaf)[c->places[c->i]]
+                       ^ (uint64_t)1 << 63);
+    kv_copy(key + 8, kv_leaf_row(c->tree, c->leaf, c->places[c->i]),
+            c->tail_bytes);
     return key;
 }
 
@@ -4604,7 +4655,7 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
     assert(c->i < c->n);
-    return c->row + c->tail_bytes;
+    return kv_value(c->tree, c->leaf, c->places[c->i]);
 }
 
 /* ==========================================================================
@@ -4653,8 +4704,8 @@ static void kv_loader_init(struct kv_tree *t, struct kv_loader *loader)
 }
 
 /* Nodes are filled to about 97 %, so that the first changes find room: a full
- * leaf between full leaves would be split by its first insert. Of records of
- * 16 + 16 bytes a leaf gets 44, of 45. */
+ * leaf between full leaves would be split by its first insert. A leaf of five
+ * blocks gets 39 records, of 40. */
 static size_t kv_load_fill(const struct kv_layout *l)
 {
     return l->cap - l->cap / 32;
@@ -4689,7 +4740,7 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
     struct kv_tree *t = loader->tree;
     struct kv_node *leaf = loader->count ? loader->leaves[loader->count - 1]
                                          : NULL;
-    size_t i;
+    struct kv_probe p;
 
     /* The array first: a leaf that has no place in it would be lost.
      * Leaves are filled one after the other; the last may stay almost
@@ -4704,12 +4755,10 @@ static int kv_loader_add(struct kv_loader *loader, uint64_t head,
     }
     assert(leaf->count < t->leaf.cap);
     assert(leaf->gen == kv_tree_current(t)->gen);
-    i = leaf->count++;
-    kv_heads(leaf)[i] = kv_head_flip(head);
-    kv_copy(kv_row(t, leaf, i), key + 8, t->env->shape.tail_bytes);
-    kv_copy(kv_value(t, leaf, i), value, t->env->shape.value_bytes);
+    p.head = kv_head_flip(head);
+    p.tail = key + 8;
+    kv_leaf_set(t, leaf, leaf->count, p, value);
     assert(head == kv_key_head(&t->env->shape, key));
-    assert(i == 0 || kv_heads(leaf)[i] >= kv_heads(leaf)[i - 1]);
     /* Of the bytes that came, not of the node: kv_tree_check compares. */
     kv_digest_add(&loader->digest,
                   kv_digest_record(&t->env->shape, key, value));
@@ -4768,7 +4817,7 @@ static int kv_load_level(struct kv_tree *t, struct kv_node **nodes, size_t *n,
                                   kv_node_first_key(t, child));
             kv_children(t, parent)[k] = child;
         }
-        parent->count = (uint32_t)children;
+        parent->count = (uint16_t)children;
         kv_index_make(t, parent);
         i += children;
         assert(made < i);
@@ -4825,7 +4874,7 @@ static int kv_tree_adopt(struct kv_tree *t, struct kv_loader *loaders,
     assert(n <= 1);
     /* Not readable before this: nobody pins a version during an open. */
     if (!rc) {
-        assert(!n || nodes[0]->level + 1 == v->height);
+        assert(!n || nodes[0]->level + 1u == v->height);
         v->root = n ? nodes[0] : NULL;
         v->seq = seq;
         for (size_t i = 0; i < loaders_count; i++) {
@@ -4912,11 +4961,9 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
 #endif
     /* Both layouts follow from the widths: nothing else of them is stored. */
     kv_layout_init(&t->leaf, shape->tail_bytes + shape->value_bytes, 0,
-                   KV_LEAF_BYTES, KV_LEAF_MIN);
+                   KV_LEAF_BYTES, 1);
     kv_layout_init(&t->inner, shape->tail_bytes, sizeof(struct kv_node *),
-                   KV_INNER_BYTES, KV_INNER_MIN);
-    assert(t->leaf.cap >= KV_LEAF_MIN);
-    assert(t->inner.cap >= KV_INNER_MIN);
+                   KV_INNER_BYTES, 2);
     assert(t->inner.child_off % sizeof(struct kv_node *) == 0);
     t->leaves.env = t->inners.env = env;
     t->leaves.node_bytes = t->leaf.bytes;
@@ -4953,13 +5000,22 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     return KVMETA_OK;
 }
 
-static bool kv_index_right(const struct kv_tree *t, const struct kv_node *node)
+/* T3, T4 and T7 of a leaf, whose count is right. */
+static const char *kv_leaf_check(const struct kv_tree *t,
+                                 const struct kv_node *leaf)
 {
-    if (node->level == 0) return true;
-    for (size_t line = 1; line < t->inner.lines; line++)
-        if (kv_index(t, node)[line - 1] != kv_heads(node)[kv_line_first(line)])
-            return false;
-    return true;
+    size_t n = 0;
+
+    for (size_t b = 0; b < t->leaf.lines; b++) {
+        if (leaf->fill[b] > 8
+            || (leaf->fill[b] == 0 && b + 1 < t->leaf.lines
+                && leaf->fill[b + 1] > 0))
+            return "T3: fill of blocks";
+        n += leaf->fill[b];
+        for (size_t i = 8 * b + leaf->fill[b]; i < 8 * b + 8; i++)
+            if (kv_heads(leaf)[i] != KV_HEAD_PAD) return "T4: head pad";
+    }
+    return n == leaf->count ? NULL : "T3: fill of blocks";
 }
 
 /* The rules that hold for one node on its own, and for it and its children;
@@ -4968,20 +5024,29 @@ static const char *kv_node_check(const struct kv_tree *t,
                                  const struct kv_node *node)
 {
     const struct kv_layout *l = kv_layout_of(t, node);
-    size_t keys;
+    size_t places = 8 * (size_t)l->lines;
+    size_t last = 0;
 
     if (node->count < 1 || node->count > l->cap) return "T3: node count";
+    if (node->level == 0 && kv_leaf_check(t, node))
+        return kv_leaf_check(t, node);
     /* An inner node with one child has no key at all; that is allowed. */
-    keys = kv_node_keys(node);
-    for (size_t i = keys; i < l->cap_padded; i++)
+    for (size_t i = kv_node_keys(node); node->level > 0 && i < places; i++)
         if (kv_heads(node)[i] != KV_HEAD_PAD) return "T4: head pad";
-    if (!kv_index_right(t, node)) return "T7: index";
+    for (size_t line = 1; line < l->lines; line++)
+        if (kv_index(node)[line - 1] != kv_heads(node)[8 * line])
+            return "T7: index";
     /* Equal heads are allowed, equal keys are not; without a tail memcmp says
      * that such keys are equal. */
-    for (size_t i = 1; i < keys; i++)
-        if (kv_probe_compare(t, kv_key_at(t, node, i - 1),
+    for (size_t i = 1; i < places; i++) {
+        if (node->level == 0 ? i % 8 >= node->fill[i / 8]
+                             : i >= kv_node_keys(node))
+            continue;
+        if (kv_probe_compare(t, kv_key_at(t, node, last),
                              kv_key_at(t, node, i)) >= 0)
             return "T1: order within a node";
+        last = i;
+    }
     for (size_t i = 0; node->level > 0 && i < node->count; i++) {
         const struct kv_node *child = kv_children(t, node)[i];
 
@@ -5032,7 +5097,7 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
 
     /* What the cursor relies on to find its way at all. */
     if (!v->root != (v->height == 0)) return "T2: height";
-    if (v->root && v->root->level + 1 != v->height) return "T2: height";
+    if (v->root && v->root->level + 1u != v->height) return "T2: height";
     kv_cursor_init(t, v, &c);
     /* The cursor has gone through the nodes that are checked next: this finds
      * broken rules in nodes that are nodes, not wild pointers. */

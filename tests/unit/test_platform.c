@@ -764,20 +764,26 @@ static void break_leaf(kvmeta *db, struct kv_node *inner,
                        struct kv_node *leaf)
 {
     const struct kv_tree *t = &db->tree;
-    uint32_t keys = leaf->count;
     unsigned char *tail = kv_row(t, leaf, 1);
+    size_t free_place = kv_leaf_last(t, leaf) + 1;
 
     BREAK_NODE(t, leaf, leaf->count, 0, "T3: node count");
-    BREAK_NODE(t, leaf, leaf->count, t->leaf.cap + 1, "T3: node count");
+    BREAK_NODE(t, leaf, leaf->count, (uint16_t)(t->leaf.cap + 1),
+               "T3: node count");
+    BREAK_NODE(t, leaf, leaf->fill[0], 9, "T3: fill of blocks");
+    BREAK_NODE(t, leaf, leaf->fill[0], 0, "T3: fill of blocks");
+    BREAK_NODE(t, leaf, leaf->count, (uint16_t)(leaf->count - 1),
+               "T3: fill of blocks");
     BREAK_NODE(t, inner, leaf->level, 1, "T2: level");
     BREAK_NODE(t, inner, leaf->gen, UINT64_MAX,
                "T5: child younger than parent");
     BREAK(db, kv_heads(leaf)[0], KV_HEAD_PAD, "T1: order within a node");
     BREAK(db, tail[t->env->shape.tail_bytes - 1], 0,
           "T1: order within a node");
-    if (keys < t->leaf.cap_padded)
-        BREAK_NODE(t, leaf, kv_heads(leaf)[keys], 0, "T4: head pad");
-    BREAK_NODE(t, inner, kv_index(t, inner)[0], 0, "T7: index");
+    assert_true(free_place < 8 * t->leaf.lines);
+    BREAK_NODE(t, leaf, kv_heads(leaf)[free_place], 0, "T4: head pad");
+    BREAK_NODE(t, leaf, kv_index(leaf)[0], 0, "T7: index");
+    BREAK_NODE(t, inner, kv_index(inner)[0], 0, "T7: index");
 }
 
 /* Goal: verify names the rule that memory breaks. Method: a store of three
@@ -816,7 +822,7 @@ static void verify_names_the_rule_that_memory_breaks(struct unit *u)
     BREAK(db, tail[7], (unsigned char)(tail[7] - 1), "T1: separator");
     BREAK(db, tail[7], 1, "T1: separator");
     /* The last key of a leaf above the first of the next one. */
-    tail = kv_row(&db->tree, leaf, leaf->count - 1);
+    tail = kv_row(&db->tree, leaf, kv_leaf_last(&db->tree, leaf));
     BREAK(db, tail[0], 0xff, "T1: order across leaves");
     kv_tree_drop(&db->tree, v);
     unit_ok(kvmeta_verify(db, NULL));
