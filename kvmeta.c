@@ -2445,7 +2445,7 @@ static KV_ALWAYS_INLINE void
 kv_tree_descend_many_by(const struct kv_tree *t, const struct kv_version *v,
                         const struct kv_probe *probes, size_t n,
                         const struct kv_node **nodes, size_t *places,
-                        bool avx2)
+                        const struct kv_node **parents, bool avx2)
 {
     assert(n <= KV_BATCH);
     assert(v->root);
@@ -2453,6 +2453,7 @@ kv_tree_descend_many_by(const struct kv_tree *t, const struct kv_version *v,
     for (size_t i = 0; i < n; i++) nodes[i] = v->root;
     for (uint32_t level = v->height - 1; level > 0; level--) {
         KV_SCHED_POINT("descend");
+        if (level == 1 && parents) memcpy(parents, nodes, n * sizeof *nodes);
         kv_inner_child_many(t, probes, nodes, n, avx2);
     }
     KV_SCHED_POINT("find");
@@ -2465,26 +2466,29 @@ static void kv_tree_descend_many_avx2(const struct kv_tree *t,
                                       const struct kv_version *v,
                                       const struct kv_probe *probes, size_t n,
                                       const struct kv_node **nodes,
-                                      size_t *places)
+                                      size_t *places,
+                                      const struct kv_node **parents)
 {
-    kv_tree_descend_many_by(t, v, probes, n, nodes, places, true);
+    kv_tree_descend_many_by(t, v, probes, n, nodes, places, parents, true);
 }
 #endif
 
 /* The leaves of up to KV_BATCH keys, and their places there, to be settled.
- * The tree must have records. */
+ * parents: of the leaves; not set in a tree of one leaf; may be NULL. The tree
+ * must have records. */
 static void kv_tree_descend_many(const struct kv_tree *t,
                                  const struct kv_version *v,
                                  const struct kv_probe *probes, size_t n,
-                                 const struct kv_node **nodes, size_t *places)
+                                 const struct kv_node **nodes, size_t *places,
+                                 const struct kv_node **parents)
 {
 #if KV_X86
     if (KV_LIKELY(t->avx2)) {
-        kv_tree_descend_many_avx2(t, v, probes, n, nodes, places);
+        kv_tree_descend_many_avx2(t, v, probes, n, nodes, places, parents);
         return;
     }
 #endif
-    kv_tree_descend_many_by(t, v, probes, n, nodes, places, false);
+    kv_tree_descend_many_by(t, v, probes, n, nodes, places, parents, false);
 }
 
 /* Up to KV_BATCH keys of a tree that has records. */
@@ -2500,7 +2504,7 @@ static void kv_tree_find_batch(const struct kv_tree *t,
 
     for (size_t i = 0; i < n; i++)
         probes[i] = kv_probe_make(t, keys + i * t->env->shape.key_bytes);
-    kv_tree_descend_many(t, v, probes, n, nodes, places);
+    kv_tree_descend_many(t, v, probes, n, nodes, places, NULL);
     /* The key's row, which may reach into a second line. */
     for (size_t i = 0; i < n; i++) {
         KV_PREFETCH(kv_leaf_row(t, nodes[i], places[i] - (places[i] > 0)));
@@ -3155,6 +3159,15 @@ static void kv_key_set(const struct kv_tree *t, struct kv_node *node, size_t i,
     kv_copy(kv_row(t, node, i), p.tail, t->env->shape.tail_bytes);
 }
 
+/* Restores T4 of a block of which `fill` records are used. */
+static void kv_block_pad(struct kv_node *leaf, size_t b, size_t fill)
+{
+    int64_t *heads = kv_heads(leaf) + 8 * b;
+
+    for (size_t i = 0; i < 8; i++) heads[i] = i < fill ? heads[i] : KV_HEAD_PAD;
+    leaf->fill[b] = (uint8_t)fill;
+}
+
 /*
  * Where records are moved between leaves, they stand in one piece meanwhile:
  * a leaf is packed, changed like the arrays of any other node, and spread over
@@ -3165,7 +3178,7 @@ static void kv_leaf_pack(const struct kv_tree *t, struct kv_node *leaf)
     size_t n = leaf->fill[0];
 
     for (size_t b = 1; b < t->leaf.lines; b++) {
-        kv_rows_move(t, leaf, n, leaf, 8 * b, leaf->fill[b]);
+        if (n < 8 * b) kv_rows_move(t, leaf, n, leaf, 8 * b, leaf->fill[b]);
         n += leaf->fill[b];
     }
     assert(n == leaf->count);
@@ -3179,18 +3192,14 @@ static void kv_leaf_spread(const struct kv_tree *t, struct kv_node *leaf)
     size_t lines = t->leaf.lines;
     size_t each = leaf->count / lines;
     size_t more = leaf->count % lines;
-    size_t n = leaf->count;
 
     for (size_t b = lines; b-- > 0;) {
         size_t fill = each + (b < more);
+        size_t n = b * each + (size_t)kv_min(b, more);
 
-        n -= fill;
-        kv_rows_move(t, leaf, 8 * b, leaf, n, fill);
-        leaf->fill[b] = (uint8_t)fill;
-        for (size_t i = 8 * b + fill; i < 8 * b + 8; i++)
-            kv_heads(leaf)[i] = KV_HEAD_PAD;
+        if (n < 8 * b) kv_rows_move(t, leaf, 8 * b, leaf, n, fill);
+        kv_block_pad(leaf, b, fill);
     }
-    assert(n == 0);
     kv_index_make(t, leaf);
 }
 
@@ -3330,6 +3339,27 @@ static void kv_edit_shift(struct kv_edit *e, struct kv_node *parent, size_t i,
     kv_index_make(t, parent);
 }
 
+/* How many records more a child of the node has room for; 0: there is no such
+ * child. */
+static size_t kv_inner_room(const struct kv_tree *t, const struct kv_node *node,
+                            size_t i)
+{
+    return i < node->count ? t->leaf.cap - kv_children(t, node)[i]->count : 0;
+}
+
+/* The sibling that a full leaf should share with, or i itself if none has
+ * enough room. */
+static size_t kv_inner_sharing(const struct kv_tree *t,
+                               const struct kv_node *parent, size_t i)
+{
+    size_t enough = t->leaf.cap / 8 + 1;
+    size_t left = i > 0 ? kv_inner_room(t, parent, i - 1) : 0;
+    size_t right = kv_inner_room(t, parent, i + 1);
+
+    if (left >= enough && left >= right) return i - 1;
+    return right >= enough ? i + 1 : i;
+}
+
 /*
  * Makes room in the full leaf at i: gives half of what a sibling has room for
  * to it, or splits. At the right edge of the tree, where ascending keys go,
@@ -3350,22 +3380,18 @@ static void kv_edit_make_room(struct kv_edit *e, struct kv_node *parent,
                               size_t i, bool append)
 {
     const struct kv_tree *t = e->tree;
-    struct kv_node **children = kv_children(t, parent);
     size_t cap = t->leaf.cap;
-    size_t enough = cap / 8 + 1;
-    size_t left = i > 0 ? cap - children[i - 1]->count : 0;
-    size_t right = i + 1 < parent->count ? cap - children[i + 1]->count : 0;
+    size_t sibling = append ? i : kv_inner_sharing(t, parent, i);
+    size_t n = (kv_inner_room(t, parent, sibling) + 1) / 2;
 
     assert(parent->gen == e->version->gen);
-    assert(children[i]->count == cap);
-    if (append)
-        kv_edit_split(e, parent, i, cap - 1);
-    else if (left >= enough && left >= right)
-        kv_edit_shift(e, parent, i - 1, (left + 1) / 2, true);
-    else if (right >= enough)
-        kv_edit_shift(e, parent, i, (right + 1) / 2, false);
+    assert(kv_children(t, parent)[i]->count == cap);
+    if (sibling < i)
+        kv_edit_shift(e, parent, sibling, n, true);
+    else if (sibling > i)
+        kv_edit_shift(e, parent, i, n, false);
     else
-        kv_edit_split(e, parent, i, cap / 2);
+        kv_edit_split(e, parent, i, append ? cap - 1 : cap / 2);
 }
 
 /* A new root above the one that is full, with that as its only child: the
@@ -3388,25 +3414,24 @@ static bool kv_node_full(const struct kv_tree *t, const struct kv_node *node)
     return node->count == kv_layout_of(t, node)->cap;
 }
 
-/* Does the key, which is not in the leaf, come after its last one? */
-static bool kv_leaf_ends_before(const struct kv_tree *t,
-                                const struct kv_node *leaf, struct kv_probe p)
-{
-    bool match;
-    size_t place = kv_leaf_place(t, leaf, p, &match);
-
-    assert(!match);
-    return kv_leaf_rank(leaf, place) == leaf->count;
-}
+/* The path to a leaf: nodes and the child taken in each, by level;
+ * index[0] is for those who have a use for a place in the leaf. Valid
+ * until one of its nodes is copied, split or joined; on the stack, so that
+ * no search needs memory. */
+struct kv_path {
+    struct kv_node *nodes[KV_HEIGHT_MAX];   /* by level */
+    size_t index[KV_HEIGHT_MAX];
+};
 
 /*
  * The leaf for the key, owned, with its path. A full inner node on the way is
  * split before it is entered, so there is always room above a leaf, and no
  * way back up is needed (Cormen et al., Introduction to Algorithms, 18.2).
  * The leaf itself may be full. The right edge is split at its end: ascending
- * keys leave full nodes behind.
+ * keys leave full nodes behind. index[0] of the path is not set.
  */
-static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
+static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p,
+                                       struct kv_path *path)
 {
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
@@ -3435,9 +3460,12 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p)
                                            : child->count / 2);
             i = kv_inner_child(t, node, p);
         }
-        edge = edge && i + 1 == node->count;
+        edge = edge && i + 1u == node->count;
+        path->nodes[node->level] = node;
+        path->index[node->level] = i;
         node = kv_edit_own(e, &kv_children(t, node)[i]);
     }
+    path->nodes[0] = node;
     return node;
 }
 
@@ -3469,28 +3497,83 @@ static size_t kv_leaf_block_for(const struct kv_tree *t,
     return b;
 }
 
+/* The block with room that is nearest to block b, which has none. There is
+ * one, as the leaf is not full. */
+static size_t kv_leaf_nearest(const struct kv_tree *t,
+                              const struct kv_node *leaf, size_t b)
+{
+    assert(leaf->count < t->leaf.cap);
+    for (size_t d = 1;; d++) {
+        if (b + d < t->leaf.lines && leaf->fill[b + d] < 8) return b + d;
+        if (b >= d && leaf->fill[b - d] < 8) return b - d;
+    }
+}
+
+/* Moves the n records of a block that are next to the block beside it there,
+ * where there is room. */
+static void kv_block_give(const struct kv_tree *t, struct kv_node *leaf,
+                          size_t from, size_t to, size_t n)
+{
+    size_t rest = leaf->fill[from] - n;
+    size_t fill = leaf->fill[to];
+
+    assert(n <= leaf->fill[from]);
+    assert(fill + n <= 8);
+    if (to < from) {
+        kv_rows_move(t, leaf, 8 * to + fill, leaf, 8 * from, n);
+        kv_rows_move(t, leaf, 8 * from, leaf, 8 * from + n, rest);
+    } else {
+        kv_rows_move(t, leaf, 8 * to + n, leaf, 8 * to, fill);
+        kv_rows_move(t, leaf, 8 * to, leaf, 8 * from + rest, n);
+    }
+    kv_block_pad(leaf, from, rest);
+    leaf->fill[to] = (uint8_t)(fill + n);
+}
+
+/*
+ * Makes room in the full block b, of a leaf that is not full. The block beside
+ * it gets half of what it has room for; or if it is full, too, one record of
+ * b, in exchange for one that it gives away in turn, and so on up to the
+ * nearest block with room. Returns where the place of a key in b is now: it
+ * may have moved along.
+ */
+static size_t kv_block_make_room(const struct kv_tree *t, struct kv_node *leaf,
+                                 size_t b, size_t place)
+{
+    size_t to = kv_leaf_nearest(t, leaf, b);
+    bool left = to < b;
+    size_t lane = place - 8 * b;
+    size_t n;
+
+    for (; to + 1 < b; to++) kv_block_give(t, leaf, to + 1, to, 1);
+    for (; to > b + 1; to--) kv_block_give(t, leaf, to - 1, to, 1);
+    n = (9u - leaf->fill[to]) / 2;
+    if (left)
+        place = lane > n ? place - n : 8 * to + leaf->fill[to] + lane;
+    else if (lane == 8)
+        n = 0;                    /* it goes there itself */
+    else if (lane > 8 - n)
+        place = 8 * to + lane - (8 - n);
+    kv_block_give(t, leaf, b, to, n);
+    kv_index_make(t, leaf);
+    return place;
+}
+
 /* Inserts at the place of a leaf that is not full. What is behind it in its
- * block moves; if the block is full, all of the leaf does. */
+ * block moves. */
 static void kv_leaf_insert(const struct kv_tree *t, struct kv_node *leaf,
                            size_t place, struct kv_probe p, const void *value)
 {
     size_t b = kv_leaf_block_for(t, leaf, place);
-    size_t end = 8 * b + leaf->fill[b];
 
     assert(leaf->count < t->leaf.cap);
-    if (KV_LIKELY(leaf->fill[b] < 8)) {
-        kv_rows_move(t, leaf, place + 1, leaf, place, end - place);
-        kv_leaf_set(t, leaf, place, p, value);
-        return;
+    if (KV_UNLIKELY(leaf->fill[b] == 8)) {
+        place = kv_block_make_room(t, leaf, kv_place_block(place), place);
+        b = kv_leaf_block_for(t, leaf, place);
     }
-    /* As a part of the whole. */
-    place = kv_leaf_rank(leaf, place);
-    kv_leaf_pack(t, leaf);
-    kv_rows_move(t, leaf, place + 1, leaf, place, leaf->count - place);
-    kv_key_set(t, leaf, place, p);
-    kv_copy(kv_value(t, leaf, place), value, t->env->shape.value_bytes);
-    leaf->count++;
-    kv_leaf_spread(t, leaf);
+    kv_rows_move(t, leaf, place + 1, leaf, place,
+                 8 * b + leaf->fill[b] - place);
+    kv_leaf_set(t, leaf, place, p, value);
 }
 
 /* Takes a record out. A block that it leaves without any must be the last that
@@ -3514,63 +3597,41 @@ static void kv_leaf_remove(const struct kv_tree *t, struct kv_node *leaf,
     }
 }
 
-/* The path to a leaf: nodes and the child taken in each, by level;
- * index[0] is for those who have a use for a place in the leaf. Valid
- * until one of its nodes is copied, split or joined; on the stack, so that
- * no search needs memory. */
-struct kv_path {
-    struct kv_node *nodes[KV_HEIGHT_MAX];   /* by level */
-    size_t index[KV_HEIGHT_MAX];
-};
-
-/* The path on which the key would be found. index[0] is not set. */
-static void kv_path_find(const struct kv_tree *t, struct kv_node *root,
-                         struct kv_probe p, struct kv_path *path)
-{
-    struct kv_node *node = root;
-
-    assert(root->level < KV_HEIGHT_MAX);
-    for (;;) {
-        uint32_t level = node->level;
-
-        path->nodes[level] = node;
-        if (level == 0) return;
-        path->index[level] = kv_inner_child(t, node, p);
-        node = kv_children(t, node)[path->index[level]];
-    }
-}
-
-/* Inserts into a leaf that is full: rare, so it finds the parent again.
- * The path is the edit's own, and the parent has room: kv_edit_descend has
- * seen to both. It is an append if each step of the path is the last one. */
+/* The leaf for the key, and its place there, after room has been made in the
+ * full one that the path leads to. The path is the edit's own, and the parent
+ * has room: kv_edit_descend has seen to both. The key is to be appended if
+ * each step of the path is the last one. */
 KV_NOINLINE
-static void kv_edit_insert_full(struct kv_edit *e, struct kv_probe p,
-                                const void *value)
+static struct kv_node *kv_edit_make_way(struct kv_edit *e,
+                                        struct kv_path *path,
+                                        struct kv_probe p, size_t *place)
 {
-    struct kv_tree *t = e->tree;
-    struct kv_path path;
+    const struct kv_tree *t = e->tree;
+    bool append = *place == t->leaf.cap;
+    struct kv_node *parent;
     struct kv_node *leaf;
     bool match;
-    bool append = true;
-    size_t i;
 
-    if (e->version->height == 1) kv_edit_raise(e);
-    kv_path_find(t, e->version->root, p, &path);
+    if (e->version->height == 1) {
+        kv_edit_raise(e);
+        path->nodes[1] = e->version->root;
+        path->index[1] = 0;
+    }
     for (uint32_t level = 1; level < e->version->height; level++)
-        append = append && path.index[level] + 1 == path.nodes[level]->count;
-    append = append && kv_leaf_ends_before(t, path.nodes[0], p);
-    kv_edit_make_room(e, path.nodes[1], path.index[1], append);
-    i = kv_inner_child(t, path.nodes[1], p);
-    leaf = kv_edit_own(e, &kv_children(t, path.nodes[1])[i]);
-    i = kv_leaf_place(t, leaf, p, &match);
+        append = append && path->index[level] + 1 == path->nodes[level]->count;
+    parent = path->nodes[1];
+    kv_edit_make_room(e, parent, path->index[1], append);
+    leaf = kv_edit_own(e, &kv_children(t, parent)[kv_inner_child(t, parent,
+                                                                 p)]);
+    *place = kv_leaf_place(t, leaf, p, &match);
     assert(!match);
-    kv_leaf_insert(t, leaf, i, p, value);
+    return leaf;
 }
 
 /* Puts at the key's place in the leaf; match: there is a record with this key,
- * which is replaced. value must not be NULL. The edit owns the leaf; a full
- * one has been found by kv_edit_descend. All puts but those of kv_edit_append
- * end here, and keep the version's count and digest (T6). */
+ * which is replaced. value must not be NULL. The edit owns the leaf, which has
+ * room, unless a record is replaced. All puts but those of kv_edit_append end
+ * here, and keep the version's count and digest (T6). */
 static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
                            size_t place, bool match, struct kv_probe p, const void *key,
                            const void *value)
@@ -3590,20 +3651,20 @@ static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
         return;
     }
     v->count++;
-    if (KV_LIKELY(leaf->count < t->leaf.cap))
-        kv_leaf_insert(t, leaf, place, p, value);
-    else
-        kv_edit_insert_full(e, p, value);
+    kv_leaf_insert(t, leaf, place, p, value);
 }
 
 /* Puts a record, whose leaf is not known. True: one was replaced. */
 static bool kv_edit_put(struct kv_edit *e, struct kv_probe p, const void *key,
                         const void *value)
 {
-    struct kv_node *leaf = kv_edit_descend(e, p);
+    struct kv_path path;
+    struct kv_node *leaf = kv_edit_descend(e, p, &path);
     bool match;
     size_t place = kv_leaf_place(e->tree, leaf, p, &match);
 
+    if (!match && leaf->count == e->tree->leaf.cap)
+        leaf = kv_edit_make_way(e, &path, p, &place);
     kv_edit_put_at(e, leaf, place, match, p, key, value);
     return match;
 }
@@ -3750,26 +3811,58 @@ static bool kv_leaf_has_within(const struct kv_tree *t,
 
 /* Fetches what a put touches of a leaf in which counting has led to `place`:
  * the record before it, if that is to be replaced; or what is behind it in its
- * block, which moves; or all of a leaf, if all of it does, or it is copied. */
-static void kv_leaf_prefetch(const struct kv_edit *e,
+ * block, which moves, with the blocks that give way; or all of a leaf that
+ * will be copied, or must give records to a sibling, which is when it returns
+ * true. */
+static bool kv_leaf_prefetch(const struct kv_edit *e,
                              const struct kv_node *leaf, size_t place,
                              int64_t head)
 {
     const struct kv_layout *l = &e->tree->leaf;
     size_t b = kv_leaf_block_for(e->tree, leaf, place);
     bool replaces = place > 0 && kv_heads(leaf)[place - 1] == head;
+    bool full = !replaces && leaf->count == l->cap;
     size_t from = replaces ? place - 1 : place;
     size_t to = replaces ? place : 8 * b + leaf->fill[b] + 1u;
-    size_t end = l->row_off + to * l->row_bytes;
+    size_t end;
 
-    if (leaf->gen != e->version->gen || (!replaces && leaf->fill[b] == 8)) {
+    if (full || leaf->gen != e->version->gen) {
         kv_node_prefetch(leaf, 0, l->bytes);
-        return;
+        return full;
     }
-    end = (size_t)kv_min(end, KV_INNER_BYTES) + KV_CACHE_LINE;
-    for (size_t off = l->row_off + from * l->row_bytes; off < end;
-         off += KV_CACHE_LINE)
+    if (!replaces && leaf->fill[b] == 8) {
+        size_t last = kv_leaf_nearest(e->tree, leaf, kv_place_block(place));
+
+        b = kv_place_block(place);
+        from = 8 * (size_t)kv_min(b, last);
+        to = 8 * (size_t)kv_max(b, last) + 8;
+        for (size_t i = from; i < to; i += 8) KV_PREFETCH(kv_heads(leaf) + i);
+    }
+    end = (size_t)kv_min(l->row_off + to * l->row_bytes, KV_INNER_BYTES);
+    for (size_t off = l->row_off + from * l->row_bytes;
+         off < end + KV_CACHE_LINE; off += KV_CACHE_LINE)
         KV_PREFETCH(kv_node_at(leaf, (uint32_t)off));
+    return false;
+}
+
+/* Fetches what kv_edit_make_room will look at beside the child at i: the
+ * headers of its siblings; then all of the one that it shares with. */
+static void kv_siblings_prefetch(const struct kv_tree *t,
+                                 const struct kv_node *parent, size_t i)
+{
+    struct kv_node *const *children = kv_children(t, parent);
+
+    if (i > 0) KV_PREFETCH(children[i - 1]);
+    if (i + 1 < parent->count) KV_PREFETCH(children[i + 1]);
+}
+
+static void kv_sibling_prefetch(const struct kv_tree *t,
+                                const struct kv_node *parent, size_t i)
+{
+    size_t sibling = kv_inner_sharing(t, parent, i);
+
+    if (sibling != i)
+        kv_node_prefetch(kv_children(t, parent)[sibling], 0, t->leaf.bytes);
 }
 
 /* The tree must have records. */
@@ -3825,13 +3918,24 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
 static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
                          size_t n, const struct kv_node **leaves)
 {
+    const struct kv_tree *t = e->tree;
+    const struct kv_node *parents[KV_BATCH];
     size_t places[KV_BATCH];
+    size_t full = 0;
 
-    kv_tree_descend_many(e->tree, e->version, probes, n, leaves, places);
+    kv_tree_descend_many(t, e->version, probes, n, leaves, places, parents);
     for (size_t i = 0; i < n; i++) {
-        kv_leaf_prefetch(e, leaves[i], places[i], probes[i].head);
+        bool fills = kv_leaf_prefetch(e, leaves[i], places[i], probes[i].head);
+
         if (leaves[i]->gen != e->version->gen) leaves[i] = NULL;
+        if (!fills || e->version->height == 1) continue;
+        parents[full] = parents[i];
+        places[full] = kv_inner_child(t, parents[i], probes[i]);
+        kv_siblings_prefetch(t, parents[full], places[full]);
+        full++;
     }
+    for (size_t i = 0; i < full; i++)
+        kv_sibling_prefetch(t, parents[i], places[i]);
 }
 
 /* Puts into a leaf where the key belonged a few puts ago; NULL: not known. It
@@ -4611,6 +4715,23 @@ static bool kv_cursor_prev(struct kv_cursor *c)
         return true;
     }
     return kv_cursor_cross(c, false);
+}
+
+/* The path on which the key would be found. index[0] is not set. */
+static void kv_path_find(const struct kv_tree *t, struct kv_node *root,
+                         struct kv_probe p, struct kv_path *path)
+{
+    struct kv_node *node = root;
+
+    assert(root->level < KV_HEIGHT_MAX);
+    for (;;) {
+        uint32_t level = node->level;
+
+        path->nodes[level] = node;
+        if (level == 0) return;
+        path->index[level] = kv_inner_child(t, node, p);
+        node = kv_children(t, node)[path->index[level]];
+    }
 }
 
 /* The first record with a key >= `key`; with `le` the last one <= `key`. If
