@@ -188,6 +188,9 @@
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__linux__)
+#  include <sys/syscall.h>
+#endif
 #define ZSTD_STATIC_LINKING_ONLY   /* contexts from realloc_fn */
 #include <zstd.h>
 
@@ -226,6 +229,21 @@
 #  define KV_PRINTF(fmt, args)
 #  define KV_NOINLINE
 #  define KV_ALWAYS_INLINE inline
+#endif
+
+/* Pins of a reader without an edit between them after which the bias begins:
+ * see "Versions and reader slots". A test build may define it. */
+#ifndef KV_PINS_CALM
+#  define KV_PINS_CALM 256
+#endif
+
+/* ThreadSanitizer knows no barriers but those of C11. */
+#if defined(__SANITIZE_THREAD__)
+#  define KV_TSAN 1
+#elif defined(__has_feature)
+#  define KV_TSAN __has_feature(thread_sanitizer)
+#else
+#  define KV_TSAN 0
 #endif
 
 /* A test build may define this to run a seeded scheduler: it marks the places
@@ -1912,6 +1930,8 @@ enum {
     KV_INNER_BYTES = 1792,
     KV_HEIGHT_MAX = 24,           /* beyond what any memory can hold */
     KV_SLOTS = 64,                /* readers at a time; a bit each */
+    KV_SLOTS_OWN = 32,            /* of them, for one thread each */
+    KV_OWN_TRIES = 8,             /* of these that a thread looks at */
     /* Enough for waits for memory to overlap; also the size of arrays on the
      * stack, and the most puts that a delta has. */
     KV_BATCH = 32,                /* keys looked up side by side */
@@ -1971,6 +1991,8 @@ struct kv_version {
  * not above the one that is read. */
 struct kv_slot {
     _Alignas(KV_CACHE_LINE) _Atomic uint64_t gen;   /* 0: free */
+    uint64_t edits;               /* the owner's: edits when it last looked, */
+    uint32_t pins;                /* and pins since */
 };
 
 _Static_assert(sizeof(struct kv_slot) == KV_CACHE_LINE, "a line for each");
@@ -1986,6 +2008,7 @@ struct kv_tree {
     struct kv_layout leaf;
     struct kv_layout inner;
     bool avx2;
+    _Atomic bool barriers;        /* kv_barrier works */
     uint64_t memory_bytes_max;    /* of both pools; 0: no bound */
     uint32_t delta_cap;           /* puts; 0: the records are too wide */
     struct kv_slot *slots;        /* KV_SLOTS, on cache lines */
@@ -1997,13 +2020,21 @@ struct kv_tree {
     _Alignas(KV_CACHE_LINE) struct kv_version *_Atomic current;
     _Atomic uint64_t gen;         /* of current, or of one before */
     _Atomic uint64_t slots_used;  /* bit i: slot i has been used before */
+    _Atomic uint64_t bias;        /* see kv_bias_end */
     _Atomic bool gate;            /* closed: the current one is changed */
+
+    /* Whose own the first slots are; 0: nobody's yet. */
+    _Alignas(KV_CACHE_LINE) _Atomic uint64_t owners[KV_SLOTS_OWN];
+
+    /* Bias lock: ending the bias. No other is taken under it. */
+    _Alignas(KV_CACHE_LINE) pthread_mutex_t bias_lock;
 
     /* Delta lock: the delta of the current version. */
     _Alignas(KV_CACHE_LINE) pthread_mutex_t delta_lock;
     struct kv_version *spare;     /* for kv_edit_begin; the writer's */
 
-    /* Lock: pools and the list of versions. No other is taken under it. */
+    /* Lock: pools and the list of versions. Only the bias lock is taken under
+     * it. */
     _Alignas(KV_CACHE_LINE) pthread_mutex_t lock;
     struct kv_pool leaves;
     struct kv_pool inners;
@@ -2581,6 +2612,16 @@ static void kv_tree_find_many(const struct kv_tree *t,
  * fences, can check all of this. The stores that free a slot or open the gate
  * need no more than release: nothing is decided by their order with a load.
  *
+ * Bias: that the store of 2 comes before the load of 3 costs a reader a locked
+ * instruction, and what is worse, the processor does not begin with the next
+ * search before that. So while nobody writes, readers with a slot of their own
+ * leave it out, and whoever is to look at slots next pays for it: it ends the
+ * bias and makes all processors that run threads of this process execute a
+ * barrier (Linux: membarrier; the idea is that of biased locks). Readers see
+ * by `bias` that it was on all the while from before 2 to behind 3: then the
+ * barrier comes after 3, and whoever has caused it sees the slot. Where there
+ * is no such call, and for ThreadSanitizer, the bias is never on.
+ *
  * Dead lists: a node that version N replaced is on the list of the version
  * before it, the last that sees it. When that version is freed, the nodes
  * made after the version before that one are freed, the others move to its
@@ -2609,20 +2650,190 @@ static struct kv_version *kv_tree_current(const struct kv_tree *t)
     return atomic_load_explicit(&t->current, memory_order_relaxed);
 }
 
-/* Where a thread begins to look for a free slot: always at the same one,
- * so that the line stays in its processor's cache, and mostly at another
- * one than other threads do. The multiplier is 2^64 / golden ratio; the
- * top bits of the product depend on all bits of the thread's name. */
-static size_t kv_slot_first(void)
+/* A barrier in all threads of the process, wherever they are; false: there is
+ * no such thing. kv_barrier_init asks for it, once or more. */
+#if defined(__linux__) && defined(SYS_membarrier) && !KV_TSAN
+static bool kv_barrier_init(void)
 {
-    pthread_t self = pthread_self();
-    uint64_t h = 0;
-
-    memcpy(&h, &self, sizeof self < sizeof h ? sizeof self : sizeof h);
-    return (size_t)((h * 0x9E3779B97F4A7C15u) >> 58);
+    return syscall(SYS_membarrier, 1 << 4, 0, 0) == 0;   /* REGISTER_... */
 }
 
-_Static_assert(KV_SLOTS == 64, "kv_slot_first gives 6 bits");
+static bool kv_barrier(void)
+{
+    return syscall(SYS_membarrier, 1 << 3, 0, 0) == 0;   /* PRIVATE_EXPEDITED */
+}
+#else
+static bool kv_barrier_init(void)
+{
+    return false;
+}
+
+static bool kv_barrier(void)
+{
+    return false;
+}
+#endif
+
+/* The bias is on, off or about to end, by the last two bits; what is above
+ * them counts how often that was, so that a reader who looks twice and finds
+ * the same knows that it has not been off in between. */
+enum { KV_BIAS_OFF = 0, KV_BIAS_ON = 1, KV_BIAS_ENDS = 2, KV_BIAS_STATE = 3 };
+
+static bool kv_bias_is_on(const struct kv_tree *t)
+{
+    return (atomic_load_explicit(&t->bias, memory_order_relaxed)
+            & KV_BIAS_STATE) == KV_BIAS_ON;
+}
+
+/* After this the slots say who reads, and go on to do so until the bias is on
+ * again; that is no matter for those whose gate is closed, or whose version is
+ * current, by then. Any thread. A process that has shut itself off from the
+ * call since the open gets no more bias; a hundredth of a second is long
+ * enough for every processor to finish its stores. */
+static void kv_bias_end(struct kv_tree *t)
+{
+    uint64_t bias;
+
+    pthread_mutex_lock(&t->bias_lock);
+    bias = atomic_load(&t->bias);
+    if ((bias & KV_BIAS_STATE) != KV_BIAS_OFF) {
+        atomic_store(&t->bias, bias - KV_BIAS_ON + KV_BIAS_ENDS);
+        KV_SCHED_POINT("bias");
+        if (!kv_barrier()) {
+            t->barriers = false;
+            nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+        }
+        atomic_store(&t->bias, bias - KV_BIAS_ON + KV_BIAS_STATE + 1);
+    }
+    pthread_mutex_unlock(&t->bias_lock);
+}
+
+/* For the owner of a slot, every KV_PINS_CALM pins: begins the bias, if there
+ * was no edit since the last time. */
+static void kv_bias_begin(struct kv_tree *t, struct kv_slot *own)
+{
+    uint64_t bias = atomic_load(&t->bias);
+    uint64_t edits = atomic_load(&t->gen)
+        + atomic_load_explicit(&t->in_place, memory_order_relaxed);
+
+    own->pins = 0;
+    if (t->barriers && own->edits == edits
+        && (bias & KV_BIAS_STATE) == KV_BIAS_OFF)
+        (void)atomic_compare_exchange_strong(&t->bias, &bias,
+                                             bias + KV_BIAS_ON);
+    own->edits = edits;
+}
+
+/* What tells the calling thread from all others that are alive, if it fits. */
+static uint64_t kv_thread_name(void)
+{
+    pthread_t self = pthread_self();
+    uint64_t name = 0;
+
+    memcpy(&name, &self, sizeof self < sizeof name ? sizeof self
+                                                   : sizeof name);
+    return name;
+}
+
+/* Where a thread begins to look for a slot: always at the same one, so that
+ * the line stays in its processor's cache, and mostly at another one than
+ * other threads do. The multiplier is 2^64 / golden ratio; the top bits of the
+ * product depend on all bits of the thread's name. */
+static size_t kv_slot_first(uint64_t name)
+{
+    return (size_t)((name * 0x9E3779B97F4A7C15u) >> 59);
+}
+
+_Static_assert(KV_SLOTS_OWN == 32, "kv_slot_first gives 5 bits");
+_Static_assert(KV_SLOTS == 2 * KV_SLOTS_OWN, "and so it does for the others");
+
+/* The thread's own slot; KV_SLOTS: it has none, or none yet. A slot becomes the
+ * own one of the first thread that comes to it, and stays so: when that has
+ * ended, only one of the same name can have it. */
+static inline size_t kv_slot_own(const struct kv_tree *t, uint64_t name)
+{
+    size_t i = kv_slot_first(name);
+
+    for (unsigned tries = 0; tries < KV_OWN_TRIES; tries++) {
+        uint64_t owner = atomic_load_explicit(&t->owners[i],
+                                              memory_order_relaxed);
+
+        if (KV_LIKELY(owner == name)) return i;
+        if (owner == 0) return KV_SLOTS;
+        i = (i + 1) % KV_SLOTS_OWN;
+    }
+    return KV_SLOTS;
+}
+
+/* One that has just become the thread's, which had none; KV_SLOTS: all are
+ * others'. */
+static size_t kv_slot_claim(struct kv_tree *t, uint64_t name)
+{
+    size_t i = kv_slot_first(name);
+
+    for (unsigned tries = 0; tries < KV_OWN_TRIES; tries++) {
+        uint64_t owner = atomic_load_explicit(&t->owners[i],
+                                              memory_order_relaxed);
+
+        if (owner == 0
+            && atomic_compare_exchange_strong(&t->owners[i], &owner, name)) {
+            atomic_fetch_or(&t->slots_used, (uint64_t)1 << i);
+            return i;
+        }
+        i = (i + 1) % KV_SLOTS_OWN;
+    }
+    return KV_SLOTS;
+}
+
+/* Pins in slot i, by a sequentially consistent store; false: others have it,
+ * or the gate is closed, and the slot is given back. */
+static bool kv_slot_take(struct kv_tree *t, size_t i)
+{
+    uint64_t gen = atomic_load(&t->gen);
+    uint64_t free_slot = 0;
+
+    assert(gen > 0);
+    assert(i < KV_SLOTS);
+    if (atomic_load_explicit(&t->slots[i].gen, memory_order_relaxed)
+        || !atomic_compare_exchange_strong(&t->slots[i].gen, &free_slot, gen))
+        return false;
+    KV_SCHED_POINT("pin");
+    if (KV_LIKELY(!atomic_load(&t->gate))) return true;
+    atomic_store_explicit(&t->slots[i].gen, 0, memory_order_release);
+    return false;
+}
+
+/* The body of kv_tree_pin without the bias. With the gate closed it gives its
+ * slot back before it waits: the writer that has closed the gate does not wait
+ * for it, but one that is about to close it again would find it taken. */
+KV_NOINLINE
+static struct kv_version *kv_tree_pin_slow(struct kv_tree *t, uint64_t name,
+                                           unsigned *slot)
+{
+    size_t i = kv_slot_own(t, name);
+
+    if (i == KV_SLOTS && t->barriers) i = kv_slot_claim(t, name);
+    if (i < KV_SLOTS) {
+        while (!kv_slot_take(t, i)) sched_yield();
+        if (++t->slots[i].pins >= KV_PINS_CALM)
+            kv_bias_begin(t, &t->slots[i]);
+        *slot = (unsigned)i;
+        return atomic_load(&t->current);
+    }
+    i = KV_SLOTS_OWN + kv_slot_first(name);
+    for (unsigned tries = 1;; tries++) {
+        if (!(atomic_load(&t->slots_used) >> i & 1))
+            atomic_fetch_or(&t->slots_used, (uint64_t)1 << i);
+        if (kv_slot_take(t, i)) {
+            *slot = (unsigned)i;
+            return atomic_load(&t->current);
+        }
+        if (atomic_load(&t->gate) || tries % KV_SLOTS_OWN == 0)
+            sched_yield();
+        else if (++i == KV_SLOTS)
+            i = KV_SLOTS_OWN;
+    }
+}
 
 /*
  * The current version, which stays as it is until kv_tree_unpin(*slot), but
@@ -2631,38 +2842,30 @@ _Static_assert(KV_SLOTS == 64, "kv_slot_first gives 6 bits");
  * those short reads. For short reads only: as long as a slot is taken,
  * writers copy and memory is not reclaimed.
  *
- * With the gate closed it gives its slot back before it waits: the writer
- * that has closed the gate does not wait for it, but one that is about to
- * close it again would find the slot taken.
+ * While the bias is on a plain store takes the thread's own slot, to which
+ * nobody else writes; the fence keeps the compiler from moving it.
  */
-static struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
+static inline struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
 {
-    size_t i = kv_slot_first();
+    uint64_t name = kv_thread_name();
+    uint64_t bias = atomic_load(&t->bias);
+    size_t i = (bias & KV_BIAS_STATE) == KV_BIAS_ON ? kv_slot_own(t, name)
+                                                    : KV_SLOTS;
 
-    for (unsigned tries = 0;; tries++) {
-        uint64_t gen = atomic_load(&t->gen);
-        uint64_t free_slot = 0;
-
-        assert(gen > 0);
-        assert(i < KV_SLOTS);
-        if (KV_UNLIKELY(!(atomic_load(&t->slots_used) >> i & 1)))
-            atomic_fetch_or(&t->slots_used, (uint64_t)1 << i);
-        if (KV_LIKELY(!atomic_load_explicit(&t->slots[i].gen,
-                                            memory_order_relaxed))
-            && atomic_compare_exchange_strong(&t->slots[i].gen, &free_slot,
-                                              gen)) {
-            KV_SCHED_POINT("pin");
-            if (KV_LIKELY(!atomic_load(&t->gate))) {
-                *slot = (unsigned)i;
-                return atomic_load(&t->current);
-            }
-            atomic_store_explicit(&t->slots[i].gen, 0, memory_order_release);
-            sched_yield();
-            continue;
+    if (KV_LIKELY(i < KV_SLOTS)) {
+        assert(t->slots[i].gen == 0);
+        atomic_store_explicit(&t->slots[i].gen, atomic_load(&t->gen),
+                              memory_order_relaxed);
+        atomic_signal_fence(memory_order_seq_cst);
+        KV_SCHED_POINT("pin");
+        if (KV_LIKELY(!atomic_load(&t->gate))
+            && KV_LIKELY(atomic_load(&t->bias) == bias)) {
+            *slot = (unsigned)i;
+            return atomic_load(&t->current);
         }
-        i = (i + 1) % KV_SLOTS;
-        if (tries % KV_SLOTS == KV_SLOTS - 1) sched_yield();
+        atomic_store_explicit(&t->slots[i].gen, 0, memory_order_release);
     }
+    return kv_tree_pin_slow(t, name, slot);
 }
 
 /* A writer that sees the slot free may change or free what was read.
@@ -2680,9 +2883,11 @@ static void kv_tree_unpin(struct kv_tree *t, unsigned slot)
 static uint64_t kv_slots_oldest(struct kv_tree *t)
 {
     uint64_t oldest = UINT64_MAX;
+    uint64_t used;
 
-    uint64_t used = atomic_load(&t->slots_used);
-
+    if (KV_UNLIKELY((atomic_load(&t->bias) & KV_BIAS_STATE) != KV_BIAS_OFF))
+        kv_bias_end(t);
+    used = atomic_load(&t->slots_used);
     for (size_t i = 0; used; i++, used >>= 1) {
         uint64_t gen = used & 1 ? atomic_load(&t->slots[i].gen) : 0;
 
@@ -4482,7 +4687,8 @@ static inline const unsigned char *kv_tree_get(const struct kv_tree *t,
     assert(v);
     assert(!held || kv_delta_count(v) == 0);
     if (!held && kv_delta_count(v) > 0) value = kv_delta_get(t, v, key);
-    return value ? value : kv_tree_find(t, v, key, !held);
+    return value ? value : kv_tree_find(t, v, key,
+                                        !held && !kv_bias_is_on(t));
 }
 
 /* The same for up to KV_BATCH keys; what is in the delta replaces what the
@@ -5057,6 +5263,7 @@ static void kv_tree_free(struct kv_tree *t)
     kv_free(t->env, t->slots_memory);
     pthread_mutex_destroy(&t->lock);
     pthread_mutex_destroy(&t->delta_lock);
+    pthread_mutex_destroy(&t->bias_lock);
     memset(t, 0, sizeof *t);
 }
 
@@ -5080,6 +5287,7 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
 #if KV_X86
     t->avx2 = __builtin_cpu_supports("avx2");
 #endif
+    t->barriers = sizeof(pthread_t) <= sizeof(uint64_t) && kv_barrier_init();
     /* Both layouts follow from the widths: nothing else of them is stored. */
     kv_layout_init(&t->leaf, shape->tail_bytes + shape->value_bytes, 0,
                    KV_LEAF_BYTES, 1);
@@ -5094,6 +5302,11 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     if (pthread_mutex_init(&t->delta_lock, NULL)) {
         pthread_mutex_destroy(&t->lock);
         return kv_fail_memory(err, sizeof t->delta_lock);
+    }
+    if (pthread_mutex_init(&t->bias_lock, NULL)) {
+        pthread_mutex_destroy(&t->lock);
+        pthread_mutex_destroy(&t->delta_lock);
+        return kv_fail_memory(err, sizeof t->bias_lock);
     }
     t->locks_made = true;
 
@@ -5282,6 +5495,8 @@ static bool kv_tree_quiet(struct kv_tree *t)
 
     if (pthread_mutex_trylock(&t->delta_lock) != 0) return false;
     if (pthread_mutex_trylock(&t->lock) != 0) return false;
+    if (pthread_mutex_trylock(&t->bias_lock) != 0) return false;
+    pthread_mutex_unlock(&t->bias_lock);
     pthread_mutex_unlock(&t->lock);
     pthread_mutex_unlock(&t->delta_lock);
     kv_tree_usage(t, &usage);

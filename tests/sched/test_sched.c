@@ -41,6 +41,7 @@
 #define KVMETA_STATIC
 #include "actors.h"
 #include "turns_pthread.h"
+#define KV_PINS_CALM 2                   /* so that the bias comes and goes */
 #include "../../kvmeta.c"
 
 #if defined(__SANITIZE_THREAD__)

@@ -41,6 +41,7 @@ enum os_call {
     OS_CONDATTR,
     OS_THREAD,
     OS_SYSCONF,
+    OS_SYSCALL,
     OS_CALLS
 };
 
@@ -97,6 +98,12 @@ static int os_cpu_supports(const char *what)
     return os_cpu >= 1 && __builtin_cpu_supports("sse4.2");
 }
 #endif
+
+/* The only one is membarrier. */
+static long os_syscall(long number, long a, long b, long c)
+{
+    return os_hit(OS_SYSCALL) ? -1 : syscall(number, a, b, c);
+}
 
 /* Frees the slot of a reader when the others have waited for it. */
 static _Atomic uint64_t *os_slot_held;
@@ -248,6 +255,7 @@ static int os_thread(pthread_t *t, const pthread_attr_t *a,
 #define pthread_create(t, a, fn, arg) os_thread(t, a, fn, arg)
 #define sysconf(what) os_sysconf(what)
 #define sched_yield() os_yield()
+#define syscall(number, a, b, c) os_syscall(number, a, b, c)
 #define __builtin_cpu_supports(what) os_cpu_supports(what)
 
 #include "../../kvmeta.c"
@@ -379,7 +387,7 @@ static void a_lock_or_thread_that_is_refused_fails_the_open(struct unit *u)
     struct kvmeta_options options = unit_options(u, 8, 8);
     kvmeta *db = NULL;
 
-    for (unsigned at = 1; at <= 7; at++) {
+    for (unsigned at = 1; at <= 8; at++) {
         os_fail(OS_MUTEX, at, ENOMEM);
         unit_is(kvmeta_open(u->dir, &options, &db, &u->err), KVMETA_E_NOMEM);
     }
@@ -678,21 +686,77 @@ static void a_large_log_survives_that_pages_are_refused(struct unit *u)
     unit_close(db);
 }
 
-/* Goal: a reader that finds each slot taken waits until one is given back. */
+static void finds_with_slots_taken(kvmeta *db, const unsigned char *key,
+                                   size_t freed)
+{
+    struct kv_tree *t = &db->tree;
+
+    for (unsigned i = 0; i < KV_SLOTS; i++) atomic_store(&t->slots[i].gen, 1);
+    os_slot_held = &t->slots[freed].gen;
+    unit_ok(kvmeta_has(db, key));
+    os_slot_held = NULL;
+    for (unsigned i = 0; i < KV_SLOTS; i++) atomic_store(&t->slots[i].gen, 0);
+}
+
+/* Goal: a reader that finds each slot taken waits until one is given back,
+ * whether it has one of its own or not. */
 static void a_reader_waits_while_all_slots_are_taken(struct unit *u)
 {
     struct kvmeta_options options = unit_quiet(u);
     kvmeta *db = unit_open(u, &options);
+    struct kv_tree *t = &db->tree;
     unsigned char key[8] = {0};
+    size_t own;
 
     unit_ok(kvmeta_put(db, key, key, 0));
-    for (unsigned i = 0; i < KV_SLOTS; i++)
-        atomic_store(&db->tree.slots[i].gen, 1);
-    os_slot_held = &db->tree.slots[KV_SLOTS / 2].gen;
     unit_ok(kvmeta_has(db, key));
-    os_slot_held = NULL;
-    for (unsigned i = 0; i < KV_SLOTS; i++)
-        atomic_store(&db->tree.slots[i].gen, 0);
+    own = kv_slot_own(t, kv_thread_name());
+    assert_true((own < KV_SLOTS) == t->barriers);
+    finds_with_slots_taken(db, key, own < KV_SLOTS ? own : KV_SLOTS_OWN);
+    /* Those of its own are other threads' now. */
+    t->barriers = true;
+    for (unsigned i = 0; i < KV_SLOTS_OWN; i++) atomic_store(&t->owners[i], 1);
+    assert_int_equal(kv_slot_own(t, kv_thread_name()), KV_SLOTS);
+    finds_with_slots_taken(db, key, KV_SLOTS_OWN);
+    unit_close(db);
+}
+
+/* Reads until readers need no barriers, if that can be. */
+static void reads_until_biased(kvmeta *db, const unsigned char *key)
+{
+    for (unsigned i = 0; i < 3 * KV_PINS_CALM; i++)
+        unit_ok(kvmeta_has(db, key));
+    assert_true(kv_bias_is_on(&db->tree) == db->tree.barriers);
+}
+
+/* Goal: reads and writes go on where the system has no barrier for all
+ * threads, or from some time on refuses it. */
+static void readers_do_without_the_barrier(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    unsigned char key[8] = {0}, other[8] = {1}, value[8];
+    kvmeta *db;
+
+    os_fail(OS_SYSCALL, 1, ENOSYS);
+    db = unit_open(u, &options);
+    os_fail(OS_NONE, 0, 0);
+    assert_false(db->tree.barriers);
+    unit_ok(kvmeta_put(db, key, key, 0));
+    reads_until_biased(db, key);
+    unit_close(db);
+
+    db = unit_open(u, &options);
+    if (!db->tree.barriers) skip();      /* under a tool that has none */
+    reads_until_biased(db, key);
+    os_fail(OS_SYSCALL, 1, EPERM);
+    unit_ok(kvmeta_put(db, other, key, 0));
+    unit_ok(kvmeta_sync(db));
+    unit_ok(kvmeta_flush(db));           /* it looks at the slots */
+    os_fail(OS_NONE, 0, 0);
+    assert_false(db->tree.barriers);
+    reads_until_biased(db, other);
+    unit_ok(kvmeta_get(db, other, value));
+    assert_memory_equal(value, key, 8);
     unit_close(db);
 }
 
@@ -991,6 +1055,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_slab_is_aligned_wherever_its_pages_are),
     UNIT_CASE(a_large_log_survives_that_pages_are_refused),
     UNIT_CASE(a_reader_waits_while_all_slots_are_taken),
+    UNIT_CASE(readers_do_without_the_barrier),
     UNIT_CASE(a_batch_beyond_what_a_frame_holds_is_refused),
     UNIT_CASE(verify_names_the_rule_that_memory_breaks),
     UNIT_CASE(a_log_that_does_not_follow_the_tables_is_healed),
