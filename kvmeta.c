@@ -4749,12 +4749,15 @@ static void kv_tree_get_many(const struct kv_tree *t,
 /* A key with the whole of its head, even if it is shorter than that. */
 enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
 
-/* `leaf` and `places` are what a step needs of path.nodes[0]; path.index[0] is
- * not kept up to date, `i` is. The path above is valid while n > 0. */
+/* `heads`, `rows`, `places` and `row` are what a step needs of path.nodes[0];
+ * path.index[0] is not kept up to date, `i` is. The path above is valid while
+ * n > 0. */
 struct kv_cursor {
     const struct kv_tree *tree;
     const struct kv_version *version;
-    const struct kv_node *leaf;
+    const int64_t *heads;         /* of the leaf */
+    const unsigned char *rows;
+    const unsigned char *row;     /* of the record */
     size_t i;                     /* of the n records, in order */
     size_t n;                     /* in the leaf; 0: on no record */
     size_t row_bytes;
@@ -4775,6 +4778,13 @@ static void kv_cursor_init(const struct kv_tree *t,
     c->tail_bytes = t->env->shape.tail_bytes;
 }
 
+/* To the i-th record of the leaf. */
+static inline void kv_cursor_place(struct kv_cursor *c, size_t i)
+{
+    c->i = i;
+    c->row = c->rows + c->places[i] * c->row_bytes;
+}
+
 /* To the i-th record of a leaf, whose path has been set. What a step needs is
  * copied to the cursor, so that the leaf is touched for the key and the value
  * only. All places of a block are written, those that are free, too: the next
@@ -4792,9 +4802,10 @@ static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
         memcpy(c->places + n, places + 8 * b, 8);
         n += leaf->fill[b];
     }
-    c->leaf = leaf;
-    c->i = i;
+    c->heads = kv_heads(leaf);
+    c->rows = kv_leaf_row(c->tree, leaf, 0);
     c->n = n;
+    kv_cursor_place(c, i);
     assert(n == leaf->count);
     assert(i < n);
 }
@@ -4906,7 +4917,7 @@ static bool kv_cursor_next(struct kv_cursor *c)
 {
     assert(c->n == 0 || c->i < c->n);
     if (KV_LIKELY(c->i + 1 < c->n)) {
-        c->i++;
+        kv_cursor_place(c, c->i + 1);
         return true;
     }
     return c->n > 0 && kv_cursor_cross(c, true);
@@ -4917,7 +4928,7 @@ static bool kv_cursor_prev(struct kv_cursor *c)
     if (c->n == 0) return false;
     assert(c->i < c->n);
     if (KV_LIKELY(c->i > 0)) {
-        c->i--;
+        kv_cursor_place(c, c->i - 1);
         return true;
     }
     return kv_cursor_cross(c, false);
@@ -4971,10 +4982,9 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 {
     assert(c->i < c->n);
     /* All 8 bytes of the head, even of a shorter key: the buffer has room. */
-    kv_store_be64(key, (uint64_t)kv_heads(c->leaf)[c->places[c->i]]
+    kv_store_be64(key, (uint64_t)c->heads[c->places[c->i]]
                        ^ (uint64_t)1 << 63);
-    kv_copy(key + 8, kv_leaf_row(c->tree, c->leaf, c->places[c->i]),
-            c->tail_bytes);
+    kv_copy(key + 8, c->row, c->tail_bytes);
     return key;
 }
 
@@ -4982,7 +4992,7 @@ static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
 static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
 {
     assert(c->i < c->n);
-    return kv_value(c->tree, c->leaf, c->places[c->i]);
+    return c->row + c->tail_bytes;
 }
 
 /* ==========================================================================
