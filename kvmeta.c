@@ -2794,8 +2794,7 @@ static bool kv_slot_take(struct kv_tree *t, size_t i)
 
     assert(gen > 0);
     assert(i < KV_SLOTS);
-    if (atomic_load_explicit(&t->slots[i].gen, memory_order_relaxed)
-        || !atomic_compare_exchange_strong(&t->slots[i].gen, &free_slot, gen))
+    if (!atomic_compare_exchange_strong(&t->slots[i].gen, &free_slot, gen))
         return false;
     KV_SCHED_POINT("pin");
     if (KV_LIKELY(!atomic_load(&t->gate))) return true;

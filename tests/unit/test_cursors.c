@@ -5,6 +5,8 @@
  */
 #include "unit.h"
 
+#include <stdbool.h>
+
 struct view {
     kvmeta *db;
     kvmeta_snapshot *snapshot;
@@ -139,23 +141,52 @@ static void want_wide(kvmeta_cursor *cursor, int rc, uint64_t number)
     assert_memory_equal(kvmeta_cursor_key(cursor), key, WIDE);
 }
 
-/* The store has the keys 0, step, 2 * step, ... below WIDE_COUNT. */
-static void walk_wide(kvmeta *db, uint64_t step)
+/* The store has those keys below WIDE_COUNT that `left` says. */
+static void walk_wide(kvmeta *db, bool left(uint64_t))
 {
-    uint64_t last = (WIDE_COUNT - 1) / step * step, i;
+    uint64_t last = WIDE_COUNT - 1, i;
     struct view view;
 
     view_open(&view, db);
     want_wide(view.cursor, kvmeta_cursor_first(view.cursor), 0);
-    for (i = step; i <= last; i += step)
-        want_wide(view.cursor, kvmeta_cursor_next(view.cursor), i);
+    for (i = 1; i < WIDE_COUNT; i++)
+        if (left(i)) want_wide(view.cursor, kvmeta_cursor_next(view.cursor), i);
     unit_is(kvmeta_cursor_next(view.cursor), KVMETA_NOT_FOUND);
+    while (!left(last)) last--;
     want_wide(view.cursor, kvmeta_cursor_last(view.cursor), last);
-    for (i = last; i > 0; i -= step)
-        want_wide(view.cursor, kvmeta_cursor_prev(view.cursor), i - step);
+    for (i = last; i-- > 0;)
+        if (left(i)) want_wide(view.cursor, kvmeta_cursor_prev(view.cursor), i);
     unit_is(kvmeta_cursor_prev(view.cursor), KVMETA_NOT_FOUND);
     kvmeta_cursor_close(view.cursor);
     kvmeta_snapshot_release(view.snapshot);
+}
+
+static bool left_all(uint64_t i)
+{
+    return i < WIDE_COUNT;
+}
+
+/* Of two parents of 16 leaves of 7 records, one loses what is in its middle;
+ * the other is too full for what is left of it. */
+static bool left_of_some_parents(uint64_t i)
+{
+    return i % 224 < 114 || i % 224 >= 222;
+}
+
+static bool left_few(uint64_t i)
+{
+    return i % 29 == 0;
+}
+
+static void remove_wide(kvmeta *db, bool left(uint64_t))
+{
+    unsigned char key[WIDE];
+
+    for (uint64_t i = 0; i < WIDE_COUNT; i++) {
+        unit_key(WIDE, i, key);
+        if (!left(i) && kvmeta_has(db, key) == KVMETA_OK)
+            unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
+    }
 }
 
 /* Goal: walks cross many levels, and parents that are left with a leaf or two,
@@ -167,18 +198,20 @@ static void walks_cross_parents_of_few_leaves(struct unit *u)
     kvmeta *db;
 
     options.flags = KVMETA_NO_THREAD;
-    db = unit_open(u, &options);
-    for (uint64_t i = 0; i < WIDE_COUNT; i++) {
-        unit_key(WIDE, i, key);
-        unit_ok(kvmeta_put(db, key, NULL, KVMETA_BUFFERED));
+    for (unsigned way = 0; way < 2; way++) {
+        bool (*left)(uint64_t) = way ? left_few : left_of_some_parents;
+
+        unit_remove_tree(u->dir);
+        db = unit_open(u, &options);
+        for (uint64_t i = 0; i < WIDE_COUNT; i++) {
+            unit_key(WIDE, i, key);
+            unit_ok(kvmeta_put(db, key, NULL, KVMETA_BUFFERED));
+        }
+        walk_wide(db, left_all);
+        remove_wide(db, left);
+        walk_wide(db, left);
+        unit_close(db);
     }
-    walk_wide(db, 1);
-    for (uint64_t i = 0; i < WIDE_COUNT; i++) {
-        unit_key(WIDE, i, key);
-        if (i % 29) unit_ok(kvmeta_remove(db, key, KVMETA_BUFFERED));
-    }
-    walk_wide(db, 29);
-    unit_close(db);
 }
 
 /* Goal: seek and seek_le stand right on, between, below and above all keys,

@@ -848,6 +848,8 @@ static void break_leaf(kvmeta *db, struct kv_node *inner,
     BREAK_NODE(t, leaf, kv_heads(leaf)[free_place], 0, "T4: head pad");
     BREAK_NODE(t, leaf, kv_index(leaf)[0], 0, "T7: index");
     BREAK_NODE(t, inner, kv_index(inner)[0], 0, "T7: index");
+    assert_true(inner->count <= 8 * t->inner.lines);
+    BREAK_NODE(t, inner, kv_heads(inner)[inner->count - 1], 0, "T4: head pad");
 }
 
 /* Goal: verify names the rule that memory breaks. Method: a store of three
