@@ -1887,10 +1887,10 @@ static void kv_pool_free(struct kv_pool *pool)
  *
  * In an inner node keys are dense. In a leaf each line of heads, with its
  * rows, is a block, which is filled from its front: an insert moves what is
- * behind it in its block, and only where that is full, the records of all
- * blocks are spread evenly anew. That is half of the memory that an insert
- * into one dense array would touch. What is behind the last key of a block is
- * padding (T4), so that a search need not ask where the keys end.
+ * behind it in its block, and a block that is full gives records to the one
+ * beside it. That is less than half of the memory that an insert into one
+ * dense array would touch. What is behind the last key of a block is padding
+ * (T4), so that a search need not ask where the keys end.
  *
  *     block      0          1          2          3          4
  *     heads      abcd....   efghi...   jk......   lmnopqrs   tuv.....
@@ -2651,16 +2651,18 @@ static struct kv_version *kv_tree_current(const struct kv_tree *t)
 }
 
 /* A barrier in all threads of the process, wherever they are; false: there is
- * no such thing. kv_barrier_init asks for it, once or more. */
+ * no such thing. kv_barrier_init asks for it, once or more. The two numbers are
+ * MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED and the same without REGISTER, of
+ * Linux 4.14, whose header not every system has. */
 #if defined(__linux__) && defined(SYS_membarrier) && !KV_TSAN
 static bool kv_barrier_init(void)
 {
-    return syscall(SYS_membarrier, 1 << 4, 0, 0) == 0;   /* REGISTER_... */
+    return syscall(SYS_membarrier, 1 << 4, 0, 0) == 0;
 }
 
 static bool kv_barrier(void)
 {
-    return syscall(SYS_membarrier, 1 << 3, 0, 0) == 0;   /* PRIVATE_EXPEDITED */
+    return syscall(SYS_membarrier, 1 << 3, 0, 0) == 0;
 }
 #else
 static bool kv_barrier_init(void)
@@ -2709,7 +2711,8 @@ static void kv_bias_end(struct kv_tree *t)
 }
 
 /* For the owner of a slot, every KV_PINS_CALM pins: begins the bias, if there
- * was no edit since the last time. */
+ * was no edit since the last time. What counts the edits is looked at without
+ * order: too early a begin costs the next writer a barrier, no more. */
 static void kv_bias_begin(struct kv_tree *t, struct kv_slot *own)
 {
     uint64_t bias = atomic_load(&t->bias);
@@ -3837,8 +3840,8 @@ static struct kv_node *kv_edit_make_way(struct kv_edit *e,
  * room, unless a record is replaced. All puts but those of kv_edit_append end
  * here, and keep the version's count and digest (T6). */
 static void kv_edit_put_at(struct kv_edit *e, struct kv_node *leaf,
-                           size_t place, bool match, struct kv_probe p, const void *key,
-                           const void *value)
+                           size_t place, bool match, struct kv_probe p,
+                           const void *key, const void *value)
 {
     struct kv_tree *t = e->tree;
     struct kv_version *v = e->version;
@@ -5367,12 +5370,13 @@ static const char *kv_node_check(const struct kv_tree *t,
                                  const struct kv_node *node)
 {
     const struct kv_layout *l = kv_layout_of(t, node);
+    const char *rule = NULL;
     size_t places = 8 * (size_t)l->lines;
     size_t last = 0;
 
     if (node->count < 1 || node->count > l->cap) return "T3: node count";
-    if (node->level == 0 && kv_leaf_check(t, node))
-        return kv_leaf_check(t, node);
+    if (node->level == 0) rule = kv_leaf_check(t, node);
+    if (rule) return rule;
     /* An inner node with one child has no key at all; that is allowed. */
     for (size_t i = kv_node_keys(node); node->level > 0 && i < places; i++)
         if (kv_heads(node)[i] != KV_HEAD_PAD) return "T4: head pad";

@@ -296,6 +296,10 @@ KVMETA_API int kvmeta_close(kvmeta *db);
 /* --------------------------------------------------------------------------
  * Reading. None of these does I/O, waits for a writer's I/O, or fails but for
  * KVMETA_E_INVALID (and, in a forked child, a scan for KVMETA_E_FORKED).
+ *
+ * On Linux an open registers the process for membarrier(2), by which gets are
+ * faster while nobody writes. Where that call is not allowed, or no longer,
+ * they are only slower.
  * -------------------------------------------------------------------------- */
 
 /* Copies the value of `key` to `value` (value_bytes long). KVMETA_NOT_FOUND
