@@ -4126,7 +4126,7 @@ static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
                          size_t n, const struct kv_node **leaves)
 {
     const struct kv_tree *t = e->tree;
-    const struct kv_node *parents[KV_BATCH];
+    const struct kv_node *parents[KV_BATCH] = {NULL};
     size_t places[KV_BATCH];
     size_t full = 0;
 
@@ -4135,7 +4135,7 @@ static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
         bool fills = kv_leaf_prefetch(e, leaves[i], places[i], probes[i].head);
 
         if (leaves[i]->gen != e->version->gen) leaves[i] = NULL;
-        if (!fills || e->version->height == 1) continue;
+        if (!fills || !parents[i]) continue;
         parents[full] = parents[i];
         places[full] = kv_inner_child(t, parents[i], probes[i]);
         kv_siblings_prefetch(t, parents[full], places[full]);
