@@ -2397,10 +2397,7 @@ kv_tree_find_by(const struct kv_tree *t, const struct kv_version *v,
         KV_SCHED_POINT("descend");
         assert(node->level + 1u == level);
     }
-    if (alone)
-        kv_node_prefetch(node, 0, t->leaf.bytes);
-    else
-        kv_node_prefetch(node, 0, t->leaf.row_off);
+    kv_node_prefetch(node, 0, alone ? t->leaf.bytes : t->leaf.row_off);
     i = kv_leaf_count_by(t, node, p.head, avx2);
     return kv_leaf_settle(t, node, p, &i) ? kv_value(t, node, i - 1) : NULL;
 }
@@ -2705,7 +2702,7 @@ static void kv_bias_end(struct kv_tree *t)
             t->barriers = false;
             nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
         }
-        atomic_store(&t->bias, bias - KV_BIAS_ON + KV_BIAS_STATE + 1);
+        atomic_store(&t->bias, (bias | KV_BIAS_STATE) + 1);
     }
     pthread_mutex_unlock(&t->bias_lock);
 }
@@ -2750,10 +2747,11 @@ static size_t kv_slot_first(uint64_t name)
 _Static_assert(KV_SLOTS_OWN == 32, "kv_slot_first gives 5 bits");
 _Static_assert(KV_SLOTS == 2 * KV_SLOTS_OWN, "and so it does for the others");
 
-/* The thread's own slot; KV_SLOTS: it has none, or none yet. A slot becomes the
- * own one of the first thread that comes to it, and stays so: when that has
- * ended, only one of the same name can have it. */
-static inline size_t kv_slot_own(const struct kv_tree *t, uint64_t name)
+/* The thread's own slot; KV_SLOTS: it has none, or with `claim`, all that it
+ * may have are others'. A slot becomes the own one of the first thread that
+ * claims it, and stays so: when that has ended, only one of the same name can
+ * have it. */
+static inline size_t kv_slot_own(struct kv_tree *t, uint64_t name, bool claim)
 {
     size_t i = kv_slot_first(name);
 
@@ -2762,22 +2760,7 @@ static inline size_t kv_slot_own(const struct kv_tree *t, uint64_t name)
                                               memory_order_relaxed);
 
         if (KV_LIKELY(owner == name)) return i;
-        if (owner == 0) return KV_SLOTS;
-        i = (i + 1) % KV_SLOTS_OWN;
-    }
-    return KV_SLOTS;
-}
-
-/* One that has just become the thread's, which had none; KV_SLOTS: all are
- * others'. */
-static size_t kv_slot_claim(struct kv_tree *t, uint64_t name)
-{
-    size_t i = kv_slot_first(name);
-
-    for (unsigned tries = 0; tries < KV_OWN_TRIES; tries++) {
-        uint64_t owner = atomic_load_explicit(&t->owners[i],
-                                              memory_order_relaxed);
-
+        if (owner == 0 && !claim) return KV_SLOTS;
         if (owner == 0
             && atomic_compare_exchange_strong(&t->owners[i], &owner, name)) {
             atomic_fetch_or(&t->slots_used, (uint64_t)1 << i);
@@ -2812,9 +2795,8 @@ KV_NOINLINE
 static struct kv_version *kv_tree_pin_slow(struct kv_tree *t, uint64_t name,
                                            unsigned *slot)
 {
-    size_t i = kv_slot_own(t, name);
+    size_t i = kv_slot_own(t, name, t->barriers);
 
-    if (i == KV_SLOTS && t->barriers) i = kv_slot_claim(t, name);
     if (i < KV_SLOTS) {
         while (!kv_slot_take(t, i)) sched_yield();
         if (++t->slots[i].pins >= KV_PINS_CALM)
@@ -2851,8 +2833,8 @@ static inline struct kv_version *kv_tree_pin(struct kv_tree *t, unsigned *slot)
 {
     uint64_t name = kv_thread_name();
     uint64_t bias = atomic_load(&t->bias);
-    size_t i = (bias & KV_BIAS_STATE) == KV_BIAS_ON ? kv_slot_own(t, name)
-                                                    : KV_SLOTS;
+    size_t i = (bias & KV_BIAS_STATE) == KV_BIAS_ON
+        ? kv_slot_own(t, name, false) : KV_SLOTS;
 
     if (KV_LIKELY(i < KV_SLOTS)) {
         assert(t->slots[i].gen == 0);
@@ -3887,27 +3869,27 @@ static bool kv_edit_join(struct kv_edit *e, struct kv_node *parent, size_t i)
     struct kv_node *right = children[i + 1];
     struct kv_node *left;
     size_t n = children[i]->count;
+    size_t both = n + right->count;
 
     assert(i + 1 < parent->count);
     assert(n > 0);
-    if (n + right->count > kv_layout_of(t, right)->cap * 3 / 4) return false;
+    if (both > kv_layout_of(t, right)->cap * 3 / 4) return false;
     left = kv_edit_own(e, &children[i]);
     if (left->level > 0) {
         kv_key_set(t, left, n - 1, kv_key_at(t, parent, i));
         kv_children_move(t, left, n, right, 0, right->count);
         kv_rows_move(t, left, n, right, 0, kv_node_keys(right));
+        left->count = (uint16_t)both;
+        kv_index_make(t, left);
     } else {
         kv_leaf_pack(t, left);
         for (size_t b = 0; b < t->leaf.lines; b++) {
             kv_rows_move(t, left, n, right, 8 * b, right->fill[b]);
             n += right->fill[b];
         }
-    }
-    left->count = (uint16_t)(left->count + right->count);
-    if (left->level > 0)
-        kv_index_make(t, left);
-    else
+        left->count = (uint16_t)both;
         kv_leaf_spread(t, left);
+    }
     assert(left->count < kv_layout_of(t, left)->cap);
     kv_inner_remove(t, parent, i + 1);
     kv_edit_retire(e, right);
@@ -4038,9 +4020,10 @@ static bool kv_leaf_prefetch(const struct kv_edit *e,
         return full;
     }
     if (!replaces && leaf->fill[b] == 8) {
-        size_t last = kv_leaf_nearest(e->tree, leaf, kv_place_block(place));
+        size_t last;
 
         b = kv_place_block(place);
+        last = kv_leaf_nearest(e->tree, leaf, b);
         from = 8 * (size_t)kv_min(b, last);
         to = 8 * (size_t)kv_max(b, last) + 8;
         for (size_t i = from; i < to; i += 8) KV_PREFETCH(kv_heads(leaf) + i);
@@ -4063,7 +4046,7 @@ static void kv_siblings_prefetch(const struct kv_tree *t,
     if (i + 1 < parent->count) KV_PREFETCH(children[i + 1]);
 }
 
-static void kv_sibling_prefetch(const struct kv_tree *t,
+static void kv_sharing_prefetch(const struct kv_tree *t,
                                 const struct kv_node *parent, size_t i)
 {
     size_t sibling = kv_inner_sharing(t, parent, i);
@@ -4142,7 +4125,7 @@ static void kv_edit_warm(struct kv_edit *e, const struct kv_probe *probes,
         full++;
     }
     for (size_t i = 0; i < full; i++)
-        kv_sibling_prefetch(t, parents[i], places[i]);
+        kv_sharing_prefetch(t, parents[i], places[i]);
 }
 
 /* Puts into a leaf where the key belonged a few puts ago; NULL: not known. It

@@ -710,13 +710,13 @@ static void a_reader_waits_while_all_slots_are_taken(struct unit *u)
 
     unit_ok(kvmeta_put(db, key, key, 0));
     unit_ok(kvmeta_has(db, key));
-    own = kv_slot_own(t, kv_thread_name());
+    own = kv_slot_own(t, kv_thread_name(), false);
     assert_true((own < KV_SLOTS) == t->barriers);
     finds_with_slots_taken(db, key, own < KV_SLOTS ? own : KV_SLOTS_OWN);
     /* Those of its own are other threads' now. */
     t->barriers = true;
     for (unsigned i = 0; i < KV_SLOTS_OWN; i++) atomic_store(&t->owners[i], 1);
-    assert_int_equal(kv_slot_own(t, kv_thread_name()), KV_SLOTS);
+    assert_int_equal(kv_slot_own(t, kv_thread_name(), false), KV_SLOTS);
     finds_with_slots_taken(db, key, KV_SLOTS_OWN);
     unit_close(db);
 }
