@@ -424,21 +424,6 @@ static inline uint64_t kv_load_be64(const void *p)
         | (uint64_t)b[6] << 8 | (uint64_t)b[7];
 }
 
-static void kv_store_be64(void *p, uint64_t v)
-{
-    unsigned char *b = p;
-
-    /* One by one: compilers see one store in this, but not in a loop. */
-    b[0] = (unsigned char)(v >> 56);
-    b[1] = (unsigned char)(v >> 48);
-    b[2] = (unsigned char)(v >> 40);
-    b[3] = (unsigned char)(v >> 32);
-    b[4] = (unsigned char)(v >> 24);
-    b[5] = (unsigned char)(v >> 16);
-    b[6] = (unsigned char)(v >> 8);
-    b[7] = (unsigned char)v;
-}
-
 /* The first 8 bytes of a key as a number; shorter keys count as if followed
  * by zeros, which keeps their order because all keys have one width. Two keys
  * are ordered as their heads are, and where those are equal by the rest. */
@@ -4731,43 +4716,38 @@ static void kv_tree_get_many(const struct kv_tree *t,
  * the path, steps to index 3 there, and falls to the first record below it.
  * ========================================================================== */
 
-/* A key with the whole of its head, even if it is shorter than that. */
-enum { KV_CURSOR_KEY_BYTES = KVMETA_KEY_BYTES_MAX + 8 };
-
-/* `heads`, `rows`, `places` and `row` are what a step needs of path.nodes[0];
- * path.index[0] is not kept up to date, `i` is. The path above is valid while
- * n > 0. */
+/* `at` is what a step within path.nodes[0] needs, and what callers of the
+ * library have. path.index[0] is not kept up to date, at.place is. The path
+ * above is valid while there is a record. */
 struct kv_cursor {
+    struct kvmeta_cursor at;      /* first: see kv_cursor_of */
     const struct kv_tree *tree;
     const struct kv_version *version;
-    const int64_t *heads;         /* of the leaf */
-    const unsigned char *rows;
-    const unsigned char *row;     /* of the record */
-    size_t i;                     /* of the n records, in order */
-    size_t n;                     /* in the leaf; 0: on no record */
-    size_t row_bytes;
-    size_t tail_bytes;
     uint8_t places[8 * KV_LINES_MAX + 8];   /* of the records in the leaf */
     struct kv_path path;          /* down to the leaf */
+    /* A key with the whole of its head, even if it is shorter than that. */
+    unsigned char key[KVMETA_KEY_BYTES_MAX + 8];
 };
 
-/* On no record of a version that outlives the cursor. Nothing to undo. */
+/* Also what next and prev find on no record: no place to go on from. */
+static void kv_cursor_leave(struct kv_cursor *c)
+{
+    c->at.key = NULL;
+    c->at.value = NULL;
+    c->at.place = c->at.last = c->places;
+}
+
+/* On no record of a version that outlives the cursor. Nothing to undo; it
+ * cannot be moved in memory. */
 static void kv_cursor_init(const struct kv_tree *t,
                            const struct kv_version *v, struct kv_cursor *c)
 {
     assert(kv_delta_count(v) == 0);    /* D4: it is held */
     c->tree = t;
     c->version = v;
-    c->n = 0;
-    c->row_bytes = t->leaf.row_bytes;
-    c->tail_bytes = t->env->shape.tail_bytes;
-}
-
-/* To the i-th record of the leaf. */
-static inline void kv_cursor_place(struct kv_cursor *c, size_t i)
-{
-    c->i = i;
-    c->row = c->rows + c->places[i] * c->row_bytes;
+    c->at.row_bytes = t->leaf.row_bytes;
+    c->at.tail_bytes = t->env->shape.tail_bytes;
+    kv_cursor_leave(c);
 }
 
 /* To the i-th record of a leaf, whose path has been set. What a step needs is
@@ -4787,12 +4767,13 @@ static void kv_cursor_enter(struct kv_cursor *c, const struct kv_node *leaf,
         memcpy(c->places + n, places + 8 * b, 8);
         n += leaf->fill[b];
     }
-    c->heads = kv_heads(leaf);
-    c->rows = kv_leaf_row(c->tree, leaf, 0);
-    c->n = n;
-    kv_cursor_place(c, i);
     assert(n == leaf->count);
     assert(i < n);
+    c->at.key = c->key;
+    c->at.last = c->places + n - 1;
+    c->at.heads = kv_heads(leaf);
+    c->at.rows = kv_leaf_row(c->tree, leaf, 0);
+    kvmeta_cursor_show(&c->at, c->places + i);
 }
 
 /* Goes from the node at `level`, which is on the path, down to its first, or
@@ -4820,7 +4801,7 @@ static void kv_cursor_fall(struct kv_cursor *c, uint32_t level, bool last)
 /* To the first or last record of the tree; false if there is none. */
 static bool kv_cursor_edge(struct kv_cursor *c, bool last)
 {
-    c->n = 0;
+    kv_cursor_leave(c);
     if (!c->version->root) return false;
     c->path.nodes[c->version->height - 1] = c->version->root;
     kv_cursor_fall(c, c->version->height - 1, last);
@@ -4894,29 +4875,28 @@ static bool kv_cursor_cross(struct kv_cursor *c, bool forward)
         kv_cursor_prefetch(c, forward);
         return true;
     }
-    c->n = 0;
+    kv_cursor_leave(c);
     return false;
 }
 
 static bool kv_cursor_next(struct kv_cursor *c)
 {
-    assert(c->n == 0 || c->i < c->n);
-    if (KV_LIKELY(c->i + 1 < c->n)) {
-        kv_cursor_place(c, c->i + 1);
-        return true;
-    }
-    return c->n > 0 && kv_cursor_cross(c, true);
+    if (!c->at.key) return false;
+    assert(c->at.place >= c->places);
+    assert(c->at.place <= c->at.last);
+    if (c->at.place == c->at.last) return kv_cursor_cross(c, true);
+    kvmeta_cursor_show(&c->at, c->at.place + 1);
+    return true;
 }
 
 static bool kv_cursor_prev(struct kv_cursor *c)
 {
-    if (c->n == 0) return false;
-    assert(c->i < c->n);
-    if (KV_LIKELY(c->i > 0)) {
-        kv_cursor_place(c, c->i - 1);
-        return true;
-    }
-    return kv_cursor_cross(c, false);
+    if (!c->at.key) return false;
+    assert(c->at.place >= c->places);
+    assert(c->at.place <= c->at.last);
+    if (c->at.place == c->places) return kv_cursor_cross(c, false);
+    kvmeta_cursor_show(&c->at, c->at.place - 1);
+    return true;
 }
 
 /* The path on which the key would be found. index[0] is not set. */
@@ -4947,7 +4927,7 @@ static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
     bool match;
     size_t rank;
 
-    c->n = 0;
+    kv_cursor_leave(c);
     if (!c->version->root) return false;
     /* The rank counts the records that are not above the key: wanted is the
      * last of these, or if it is not equal, and must be, the next. */
@@ -4958,26 +4938,6 @@ static bool kv_cursor_seek(struct kv_cursor *c, const void *key, bool le)
     if (le ? rank == 0 : rank == leaf->count) return kv_cursor_cross(c, !le);
     kv_cursor_enter(c, leaf, rank - le);
     return true;
-}
-
-/* Assembles the key of the record in `key`, of KV_CURSOR_KEY_BYTES: the tree
- * has no key in one piece. Must be on a record. */
-static const unsigned char *kv_cursor_key(const struct kv_cursor *c,
-                                          unsigned char *key)
-{
-    assert(c->i < c->n);
-    /* All 8 bytes of the head, even of a shorter key: the buffer has room. */
-    kv_store_be64(key, (uint64_t)c->heads[c->places[c->i]]
-                       ^ (uint64_t)1 << 63);
-    kv_copy(key + 8, c->row, c->tail_bytes);
-    return key;
-}
-
-/* Must be on a record. Points into the leaf: valid as long as the version. */
-static const unsigned char *kv_cursor_value(const struct kv_cursor *c)
-{
-    assert(c->i < c->n);
-    return c->row + c->tail_bytes;
 }
 
 /* ==========================================================================
@@ -5415,11 +5375,10 @@ static const char *kv_path_check(const struct kv_cursor *c,
 }
 
 /* Reads all of a held version. Returns the broken rule, or NULL. Takes as
- * long as a scan; nobody waits for it. Two buffers of a key, so that the
- * one before is at hand. */
+ * long as a scan; nobody waits for it. */
 static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
 {
-    unsigned char keys[2][KV_CURSOR_KEY_BYTES] = {{0}};
+    unsigned char last[KVMETA_KEY_BYTES_MAX] = {0};
     struct kvmeta_digest digest = {0, 0};
     struct kv_cursor c;
     uint64_t count = 0;
@@ -5432,18 +5391,16 @@ static const char *kv_tree_check(struct kv_tree *t, const struct kv_version *v)
     /* The cursor has gone through the nodes that are checked next: this finds
      * broken rules in nodes that are nodes, not wild pointers. */
     for (bool there = kv_cursor_first(&c); there; there = kv_cursor_next(&c)) {
-        const unsigned char *last = keys[~count & 1];
-        const unsigned char *key = kv_cursor_key(&c, keys[count & 1]);
-
-        if (count > 0 && memcmp(last, key, key_bytes) >= 0)
+        if (count > 0 && memcmp(last, c.at.key, key_bytes) >= 0)
             return "T1: order across leaves";
-        if (c.i == 0) {
+        if (c.at.place == c.places) {
             const char *rule = kv_path_check(&c, last);
 
             if (rule) return rule;
         }
-        kv_digest_add(&digest, kv_digest_record(&t->env->shape, key,
-                                                kv_cursor_value(&c)));
+        kv_digest_add(&digest, kv_digest_record(&t->env->shape, c.at.key,
+                                                c.at.value));
+        memcpy(last, c.at.key, key_bytes);
         count++;
     }
     if (count != v->count) return "T6: count";
@@ -11385,7 +11342,6 @@ static int kv_job_merge(struct kvmeta *db, size_t first, size_t last,
 struct kv_version_source {
     struct kv_source base;
     struct kv_cursor cursor;
-    unsigned char key[KV_CURSOR_KEY_BYTES];   /* what base.key points to */
     bool started;                 /* the cursor stands on a record */
 };
 
@@ -11399,8 +11355,8 @@ static int kv_version_source_next(struct kv_source *source,
     (void)err;
     s->started = true;
     if (!there) return KV_END;
-    s->base.key = kv_cursor_key(&s->cursor, s->key);
-    s->base.value = kv_cursor_value(&s->cursor);
+    s->base.key = s->cursor.at.key;
+    s->base.value = s->cursor.at.value;
     assert(s->base.value);        /* NULL would be a tombstone */
     return KVMETA_OK;
 }
@@ -14094,7 +14050,6 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
                 int (*fn)(void *user, const void *key, const void *value),
                 void *user)
 {
-    unsigned char key[KV_CURSOR_KEY_BYTES];
     struct kv_version *v;
     struct kv_cursor c;
     bool there;
@@ -14107,9 +14062,8 @@ int kvmeta_scan(kvmeta *db, const void *from, const void *to,
     kv_cursor_init(&db->tree, v, &c);
     there = from ? kv_cursor_seek(&c, from, false) : kv_cursor_first(&c);
     while (there && rc == 0) {
-        (void)kv_cursor_key(&c, key);
-        if (to && memcmp(key, to, db->env.shape.key_bytes) >= 0) break;
-        rc = fn(user, key, kv_cursor_value(&c));
+        if (to && memcmp(c.at.key, to, db->env.shape.key_bytes) >= 0) break;
+        rc = fn(user, c.at.key, c.at.value);
         there = kv_cursor_next(&c);
     }
     kv_tree_drop(&db->tree, v);
@@ -14351,6 +14305,11 @@ int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch, unsigned flags,
     return kvmeta_write(db, batch->ops, batch->count, flags, seq);
 }
 
+uint64_t kvmeta_key_to_u64(const void *key8)
+{
+    return kv_load_be64(key8);
+}
+
 /* A held version. It never changes, so any number of threads read it without
  * a lock or a pin. */
 struct kvmeta_snapshot {
@@ -14422,83 +14381,77 @@ struct kvmeta_digest kvmeta_snapshot_digest(const kvmeta_snapshot *snapshot)
     return snapshot ? snapshot->version->digest : none;
 }
 
-/* A place in a snapshot's version, which the snapshot keeps alive. */
-struct kvmeta_cursor {
-    struct kv_env *env;           /* for freeing */
-    struct kv_cursor at;
-    unsigned char *key;           /* for kvmeta_cursor_key, which puts the
-                                     key together there; in this allocation */
-};
+/* The whole of a cursor that kvmeta_cursor_open made. */
+static struct kv_cursor *kv_cursor_of(kvmeta_cursor *cursor)
+{
+    return (struct kv_cursor *)(void *)cursor;
+}
 
 int kvmeta_cursor_open(kvmeta_snapshot *snapshot, kvmeta_cursor **cursor)
 {
-    kvmeta_cursor *c;
+    struct kv_cursor *c;
 
     if (!snapshot || !cursor) return KVMETA_E_INVALID;
-    c = kv_alloc(&snapshot->db->env, sizeof *c + KV_CURSOR_KEY_BYTES);
+    c = kv_alloc(&snapshot->db->env, sizeof *c);
     if (!c) return KVMETA_E_NOMEM;
-    c->env = &snapshot->db->env;
-    c->key = (unsigned char *)(c + 1);
-    kv_cursor_init(&snapshot->db->tree, snapshot->version, &c->at);
-    *cursor = c;
+    kv_cursor_init(&snapshot->db->tree, snapshot->version, c);
+    *cursor = &c->at;
     return KVMETA_OK;
 }
 
 void kvmeta_cursor_close(kvmeta_cursor *cursor)
 {
-    if (cursor) kv_free(cursor->env, cursor);
+    if (cursor) kv_free(kv_cursor_of(cursor)->tree->env, cursor);
 }
 
 int kvmeta_cursor_first(kvmeta_cursor *cursor)
 {
     if (!cursor) return KVMETA_E_INVALID;
-    return kv_cursor_first(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+    return kv_cursor_first(kv_cursor_of(cursor)) ? KVMETA_OK
+                                                 : KVMETA_NOT_FOUND;
 }
 
 int kvmeta_cursor_last(kvmeta_cursor *cursor)
 {
     if (!cursor) return KVMETA_E_INVALID;
-    return kv_cursor_last(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+    return kv_cursor_last(kv_cursor_of(cursor)) ? KVMETA_OK : KVMETA_NOT_FOUND;
 }
 
 int kvmeta_cursor_seek(kvmeta_cursor *cursor, const void *key)
 {
     if (!cursor || !key) return KVMETA_E_INVALID;
-    return kv_cursor_seek(&cursor->at, key, false) ? KVMETA_OK
-                                                   : KVMETA_NOT_FOUND;
+    return kv_cursor_seek(kv_cursor_of(cursor), key, false)
+        ? KVMETA_OK : KVMETA_NOT_FOUND;
 }
 
 int kvmeta_cursor_seek_le(kvmeta_cursor *cursor, const void *key)
 {
     if (!cursor || !key) return KVMETA_E_INVALID;
-    return kv_cursor_seek(&cursor->at, key, true) ? KVMETA_OK
-                                                  : KVMETA_NOT_FOUND;
-}
-
-int kvmeta_cursor_next(kvmeta_cursor *cursor)
-{
-    if (!cursor) return KVMETA_E_INVALID;
-    return kv_cursor_next(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+    return kv_cursor_seek(kv_cursor_of(cursor), key, true) ? KVMETA_OK
+                                                           : KVMETA_NOT_FOUND;
 }
 
 int kvmeta_cursor_prev(kvmeta_cursor *cursor)
 {
     if (!cursor) return KVMETA_E_INVALID;
-    return kv_cursor_prev(&cursor->at) ? KVMETA_OK : KVMETA_NOT_FOUND;
+    return kv_cursor_prev(kv_cursor_of(cursor)) ? KVMETA_OK : KVMETA_NOT_FOUND;
 }
 
-/* A leaf has no whole keys, only heads and tails: the key is put together in
- * the cursor's own buffer. The value is a pointer into the leaf. */
-const void *kvmeta_cursor_key(const kvmeta_cursor *cursor)
+int kvmeta_cursor_cross(kvmeta_cursor *cursor)
 {
-    if (!cursor || cursor->at.n == 0) return NULL;
-    return kv_cursor_key(&cursor->at, cursor->key);
+    if (!cursor) return KVMETA_E_INVALID;
+    return kv_cursor_next(kv_cursor_of(cursor)) ? KVMETA_OK : KVMETA_NOT_FOUND;
 }
 
-const void *kvmeta_cursor_value(const kvmeta_cursor *cursor)
-{
-    return cursor && cursor->at.n > 0 ? kv_cursor_value(&cursor->at) : NULL;
-}
+/* What the header has inline, for callers who cannot inline it. */
+#ifndef KVMETA_STATIC
+extern void kvmeta_u64_to_key(uint64_t number, void *key8);
+extern void kvmeta_cursor_show(kvmeta_cursor *cursor,
+                               const unsigned char *place);
+extern int kvmeta_cursor_next(kvmeta_cursor *cursor);
+extern const void *kvmeta_cursor_key(const kvmeta_cursor *cursor);
+extern const void *kvmeta_cursor_value(const kvmeta_cursor *cursor);
+#endif
 
 /* A commit without changes. The leader that takes it writes what is buffered
  * and syncs the log; where nothing is left to sync, it does no I/O. */
@@ -14801,14 +14754,4 @@ int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats)
     assert(s.snapshots > 0 || s.oldest_snapshot_seq == 0);
     memcpy(stats, &s, (size_t)kv_min(bytes, sizeof s));
     return KVMETA_OK;
-}
-
-void kvmeta_u64_to_key(uint64_t number, void *key8)
-{
-    kv_store_be64(key8, number);
-}
-
-uint64_t kvmeta_key_to_u64(const void *key8)
-{
-    return kv_load_be64(key8);
 }

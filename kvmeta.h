@@ -59,6 +59,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -428,6 +429,28 @@ KVMETA_API int kvmeta_commit(kvmeta *db, const kvmeta_batch *batch,
                              unsigned flags, uint64_t *seq);
 
 /* --------------------------------------------------------------------------
+ * Integer keys
+ * -------------------------------------------------------------------------- */
+
+/* Big-endian bytes, so that the order of keys is the order of numbers. */
+KVMETA_API inline void kvmeta_u64_to_key(uint64_t number, void *key8)
+{
+    unsigned char *b = (unsigned char *)key8;
+
+    /* One by one: compilers see one store in this, but not in a loop. */
+    b[0] = (unsigned char)(number >> 56);
+    b[1] = (unsigned char)(number >> 48);
+    b[2] = (unsigned char)(number >> 40);
+    b[3] = (unsigned char)(number >> 32);
+    b[4] = (unsigned char)(number >> 24);
+    b[5] = (unsigned char)(number >> 16);
+    b[6] = (unsigned char)(number >> 8);
+    b[7] = (unsigned char)number;
+}
+
+KVMETA_API uint64_t kvmeta_key_to_u64(const void *key8);
+
+/* --------------------------------------------------------------------------
  * Snapshots and cursors
  * -------------------------------------------------------------------------- */
 
@@ -458,7 +481,21 @@ kvmeta_snapshot_digest(const kvmeta_snapshot *snapshot);
  * record. The movers return KVMETA_OK and stand on a record, or
  * KVMETA_NOT_FOUND and stand on none; then next and prev go on returning
  * KVMETA_NOT_FOUND until it is placed anew. KVMETA_E_NOMEM at open.
+ *
+ * The fields are for the inline functions below, which spare a scan three
+ * calls a record, a quarter of its time. They are not for callers, and change
+ * from release to release.
  */
+struct kvmeta_cursor {
+    unsigned char *key;           /* put together there; NULL on no record */
+    const unsigned char *value;   /* NULL on no record */
+    const unsigned char *place;   /* which head and row of the leaf it is */
+    const unsigned char *last;    /* the last of the leaf's places */
+    const int64_t *heads;         /* first 8 bytes of keys, the top bit over */
+    const unsigned char *rows;    /* rest of a key, value */
+    size_t row_bytes;
+    size_t tail_bytes;            /* the rest of a key */
+};
 KVMETA_API int kvmeta_cursor_open(kvmeta_snapshot *snapshot,
                                   kvmeta_cursor **cursor);
 KVMETA_API void kvmeta_cursor_close(kvmeta_cursor *cursor); /* NULL allowed */
@@ -467,12 +504,45 @@ KVMETA_API int kvmeta_cursor_last(kvmeta_cursor *cursor);
 /* The first record with a key >= `key`; the last with a key <= `key`. */
 KVMETA_API int kvmeta_cursor_seek(kvmeta_cursor *cursor, const void *key);
 KVMETA_API int kvmeta_cursor_seek_le(kvmeta_cursor *cursor, const void *key);
-KVMETA_API int kvmeta_cursor_next(kvmeta_cursor *cursor);
 KVMETA_API int kvmeta_cursor_prev(kvmeta_cursor *cursor);
+/* What kvmeta_cursor_next does where a leaf ends: for it alone. */
+KVMETA_API int kvmeta_cursor_cross(kvmeta_cursor *cursor);
+
+/* To a record of the leaf: for the functions here alone. */
+KVMETA_API inline void kvmeta_cursor_show(kvmeta_cursor *cursor,
+                                          const unsigned char *place)
+{
+    const unsigned char *row = cursor->rows + *place * cursor->row_bytes;
+    uint64_t head = (uint64_t)cursor->heads[*place];
+
+    cursor->place = place;
+    kvmeta_u64_to_key(head ^ (uint64_t)1 << 63, cursor->key);
+    if (cursor->tail_bytes == 8)
+        memcpy(cursor->key + 8, row, 8);
+    else if (cursor->tail_bytes)
+        memcpy(cursor->key + 8, row, cursor->tail_bytes);
+    cursor->value = row + cursor->tail_bytes;
+}
+
+KVMETA_API inline int kvmeta_cursor_next(kvmeta_cursor *cursor)
+{
+    if (!cursor || cursor->place == cursor->last)
+        return kvmeta_cursor_cross(cursor);
+    kvmeta_cursor_show(cursor, cursor->place + 1);
+    return KVMETA_OK;
+}
+
 /* The record's key (valid until the cursor is moved or closed) and value
  * (not copied: valid until the snapshot is released). NULL on no record. */
-KVMETA_API const void *kvmeta_cursor_key(const kvmeta_cursor *cursor);
-KVMETA_API const void *kvmeta_cursor_value(const kvmeta_cursor *cursor);
+KVMETA_API inline const void *kvmeta_cursor_key(const kvmeta_cursor *cursor)
+{
+    return cursor ? cursor->key : NULL;
+}
+
+KVMETA_API inline const void *kvmeta_cursor_value(const kvmeta_cursor *cursor)
+{
+    return cursor ? cursor->value : NULL;
+}
 
 /* --------------------------------------------------------------------------
  * Durability and background work
@@ -586,14 +656,6 @@ enum kvmeta_torn {
 
 /* Fills *stats, at most stats->struct_size bytes of it. */
 KVMETA_API int kvmeta_stats(kvmeta *db, struct kvmeta_stats *stats);
-
-/* --------------------------------------------------------------------------
- * Integer keys
- * -------------------------------------------------------------------------- */
-
-/* Big-endian bytes, so that the order of keys is the order of numbers. */
-KVMETA_API void kvmeta_u64_to_key(uint64_t number, void *key8);
-KVMETA_API uint64_t kvmeta_key_to_u64(const void *key8);
 
 /* --------------------------------------------------------------------------
  * System calls

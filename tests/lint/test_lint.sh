@@ -95,8 +95,8 @@ as_static() { # compiler, flags ...
 
 header_cxx() { # compiler, standard
     need "$1"
-    printf '#include "kvmeta.h"\nint main() { return KVMETA_OK; }\n' \
-        >"$scratch/header.cc"
+    printf '#include "kvmeta.h"\n%s\n' \
+        'int main() { return kvmeta_cursor_next(NULL); }' >"$scratch/header.cc"
     "$1" "-std=$2" -Wall -Wextra -Wpedantic -Werror -I. -fsyntax-only \
         "$scratch/header.cc"
 }

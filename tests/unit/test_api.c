@@ -153,6 +153,7 @@ static void null_handles_are_refused(struct unit *u)
     unit_is(kvmeta_cursor_seek_le(NULL, b), KVMETA_E_INVALID);
     unit_is(kvmeta_cursor_next(NULL), KVMETA_E_INVALID);
     unit_is(kvmeta_cursor_prev(NULL), KVMETA_E_INVALID);
+    unit_is(kvmeta_cursor_cross(NULL), KVMETA_E_INVALID);
 }
 
 /* Goal: what cannot fail answers of no handle as of an empty one. */

@@ -309,6 +309,40 @@ static void keys_with_the_largest_head_are_told_apart(struct unit *u)
     unit_close(db);
 }
 
+/* Goal: what the header has inline is in the library, too, and does the same.
+ * Method: scan by the address of each; crossing is asked for at every record,
+ * not only at the end of a leaf, as a caller without the header may. */
+static void inline_functions_are_in_the_library(struct unit *u)
+{
+    int (*volatile next)(kvmeta_cursor *) = kvmeta_cursor_next;
+    const void *(*volatile key)(const kvmeta_cursor *) = kvmeta_cursor_key;
+    const void *(*volatile value)(const kvmeta_cursor *) = kvmeta_cursor_value;
+    void (*volatile to_key)(uint64_t, void *) = kvmeta_u64_to_key;
+    struct view view = open_tens(u, 500);
+    kvmeta_cursor *other;
+    unsigned char number[8];
+    uint64_t i;
+
+    unit_ok(kvmeta_cursor_open(view.snapshot, &other));
+    unit_ok(kvmeta_cursor_first(view.cursor));
+    unit_ok(kvmeta_cursor_first(other));
+    for (i = 1; i <= 500; i++) {
+        want_at(view.cursor, KVMETA_OK, 10 * i);
+        want_at(other, KVMETA_OK, 10 * i);
+        assert_ptr_equal(key(view.cursor), kvmeta_cursor_key(view.cursor));
+        assert_ptr_equal(value(view.cursor),
+                         kvmeta_cursor_value(view.cursor));
+        unit_is(next(view.cursor), i < 500 ? KVMETA_OK : KVMETA_NOT_FOUND);
+        unit_is(kvmeta_cursor_cross(other),
+                i < 500 ? KVMETA_OK : KVMETA_NOT_FOUND);
+    }
+    want_none(other, kvmeta_cursor_cross(other));
+    to_key(0x0102030405060708, number);
+    assert_memory_equal(number, "\1\2\3\4\5\6\7\10", 8);
+    kvmeta_cursor_close(other);
+    view_close(&view);
+}
+
 /* Goal: a value's address is good until the snapshot is released, though the
  * cursor moves on and is closed, and the record is replaced and compacted. */
 static void values_are_valid_until_the_snapshot_is_released(struct unit *u)
@@ -362,6 +396,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(seeks_find_the_neighbours),
     UNIT_CASE(keys_with_equal_heads_are_told_apart),
     UNIT_CASE(keys_with_the_largest_head_are_told_apart),
+    UNIT_CASE(inline_functions_are_in_the_library),
     UNIT_CASE(values_are_valid_until_the_snapshot_is_released),
     UNIT_CASE(cursors_of_one_snapshot_are_independent),
 };

@@ -95,14 +95,14 @@ static void blocks_overlap(struct image *image)
 {
     unsigned char *key = entry_of(image, 1) + KV_TABLE_ENTRY_BYTES;
 
-    kv_store_be64(key, kv_load_be64(key) - 1);
+    kvmeta_u64_to_key(kv_load_be64(key) - 1, key);
 }
 
 static void other_first_key(struct image *image)
 {
     unsigned char *key = entry_of(image, 0) + KV_TABLE_ENTRY_BYTES;
 
-    kv_store_be64(key, kv_load_be64(key) + 1);
+    kvmeta_u64_to_key(kv_load_be64(key) + 1, key);
 }
 
 static void other_record_sum(struct image *image)
