@@ -743,6 +743,15 @@ static void *kv_alloc_zeroed(struct kv_env *env, size_t bytes)
     return p;
 }
 
+/* The first cache line that begins in memory for which a line more was asked
+ * for than will be used: no allocator need align to one. */
+static void *kv_line_up(void *memory)
+{
+    uintptr_t at = (uintptr_t)memory;
+
+    return (unsigned char *)memory + (kv_align_up(at, KV_CACHE_LINE) - at);
+}
+
 /* For what kv_alloc, kv_alloc_zeroed or kv_resize returned; NULL allowed. */
 static void kv_free(struct kv_env *env, void *p)
 {
@@ -1723,9 +1732,7 @@ static int kv_pool_grow(struct kv_pool *pool, uint64_t room,
         kv_free(pool->env, slab);
         return kv_fail_memory(err, bytes);
     }
-    slab->base = slab->memory;
-    slab->base += kv_align_up((uintptr_t)slab->base, KV_CACHE_LINE)
-        - (uintptr_t)slab->base;
+    slab->base = kv_line_up(slab->memory);
     slab->cap = (uint32_t)(bytes / pool->node_bytes);
     assert((uintptr_t)slab->base % KV_CACHE_LINE == 0);
     assert(slab->base + slab->cap * pool->node_bytes
@@ -1956,20 +1963,30 @@ struct kv_layout {
  * the tree without its delta: the delta's i-th put is commit seq + i + 1.
  */
 struct kv_version {
-    /* Changed by the writer while readers look: see "Delta". */
-    _Atomic uint64_t delta_prints[KV_BATCH / 4];  /* fingerprints, 16 bits */
-    _Atomic uint32_t delta_count; /* puts; at most delta_cap of the tree */
     struct kv_node *root;         /* NULL: no records */
     uint32_t height;              /* levels; 0 without records */
     uint64_t count;               /* this and the next two: of the tree */
     struct kvmeta_digest digest;
     uint64_t seq;                 /* last commit */
     uint64_t gen;
+
+    /* Changed by the writer while readers look: see "Delta". On a line of its
+     * own, so that a reader that waits for it has gone on from the root. */
+    _Alignas(KV_CACHE_LINE)
+    _Atomic uint64_t delta_prints[KV_BATCH / 4];  /* fingerprints, 16 bits */
+
+    _Alignas(KV_CACHE_LINE)
+    _Atomic uint32_t delta_count; /* puts; at most delta_cap of the tree */
     _Atomic uint64_t refs;        /* holders */
     struct kv_version *older;
     struct kv_version *newer;     /* NULL: the current one */
     struct kv_node *dead;         /* nodes that no newer version sees */
+    void *memory;                 /* as allocated */
 };
+
+_Static_assert(offsetof(struct kv_version, delta_prints) == KV_CACHE_LINE
+               && sizeof(uint16_t) * KV_BATCH == KV_CACHE_LINE,
+               "a line for what readers need, and one for the fingerprints");
 
 /* Where a reader says that it reads, on a cache line of its own: readers that
  * share no slot then do not slow each other down. `gen` is that of a version
@@ -2872,6 +2889,28 @@ static void kv_node_free_locked(struct kv_tree *t, struct kv_node *node)
     kv_pool_give(kv_pool_of(t, node), node);
 }
 
+/* The memory of a version, with its delta; NULL: there is none. The delta's
+ * records need not be cleared, only the fingerprints and the count. */
+static struct kv_version *kv_version_new(const struct kv_tree *t)
+{
+    size_t delta = (size_t)t->delta_cap * t->env->shape.record_bytes;
+    void *memory = kv_alloc(t->env, sizeof(struct kv_version) + delta
+                                    + KV_CACHE_LINE);
+    struct kv_version *v;
+
+    if (!memory) return NULL;
+    v = kv_line_up(memory);
+    memset(v, 0, sizeof *v);
+    v->memory = memory;
+    return v;
+}
+
+/* Its memory alone; NULL allowed. */
+static void kv_version_delete(const struct kv_tree *t, struct kv_version *v)
+{
+    if (v) kv_free(t->env, v->memory);
+}
+
 /* Puts a node that `v` is the last to see on its list. Owned by the list from
  * then on. */
 static void kv_version_bury_locked(struct kv_tree *t, struct kv_version *v,
@@ -2912,7 +2951,7 @@ static bool kv_version_free_locked(struct kv_tree *t, struct kv_version *v,
     if (v->older) v->older->newer = v->newer;
     v->newer->older = v->older;
     if (t->oldest == v) t->oldest = v->newer;
-    kv_free(t->env, v);
+    kv_version_delete(t, v);
     return true;
 }
 
@@ -3141,17 +3180,6 @@ static bool kv_tree_close_gate(struct kv_tree *t)
 static bool kv_tree_wants_slab(const struct kv_tree *t)
 {
     return t->leaves.ahead_wanted && t->memory_bytes_max == 0;
-}
-
-/* The memory of a version, with its delta; NULL: there is none. The delta's
- * records need not be cleared, only the fingerprints and the count. */
-static struct kv_version *kv_version_new(const struct kv_tree *t)
-{
-    size_t delta = (size_t)t->delta_cap * t->env->shape.record_bytes;
-    struct kv_version *v = kv_alloc(t->env, sizeof *v + delta);
-
-    if (v) memset(v, 0, sizeof *v);
-    return v;
 }
 
 /* The delta of the current version must be empty, unless the edit is to
@@ -4311,7 +4339,7 @@ static void kv_edit_abort(struct kv_edit *e)
     kv_tree_free_nodes_locked(t, e->version->root, e->version->gen);
     kv_edit_end_locked(e);
     pthread_mutex_unlock(&t->lock);
-    kv_free(t->env, e->version);
+    kv_version_delete(t, e->version);
 }
 
 /* ==========================================================================
@@ -4330,13 +4358,13 @@ static void kv_edit_abort(struct kv_edit *e)
  * version that is held, so such versions are immutable.
  *
  *     struct kv_version                          behind it, delta_cap places
- *     [ 32 fingerprints | count | root ... dead ][ record 0 | record 1 | .. ]
+ *     [ root ... | 32 fingerprints | count ... ][ record 0 | record 1 | .. ]
  *
  * A put writes its record, then its fingerprint, then the count; the store of
- * the count releases the other two. A reader that finds a count compares
- * fingerprints, and reads records only if one fits. Because it may do so while
- * puts arrive, two looks at one delta can differ by the puts in between: one
- * count is one state.
+ * the count releases the other two. A reader compares fingerprints, and reads
+ * the count, and records, only if one fits. Because it may do so while puts
+ * arrive, two looks at one delta can differ by the puts in between: one count
+ * is one state.
  *
  * How the rules are kept. D2: the first put after a settling reserves memory
  * for a full delta, and a version for the case that a reader is in the way;
@@ -4376,6 +4404,15 @@ static unsigned char *kv_delta_record(const struct kv_tree *t,
 static size_t kv_delta_count(const struct kv_version *v)
 {
     return atomic_load_explicit(&v->delta_count, memory_order_acquire);
+}
+
+/* As far as the caller could know: it sees all puts that returned before. The
+ * first fingerprint tells, which is where the others are that a reader will
+ * look at; the count is on a line that the writer writes to as often. */
+static bool kv_delta_is_empty(const struct kv_version *v)
+{
+    return atomic_load_explicit(&v->delta_prints[0], memory_order_relaxed)
+        == 0;
 }
 
 #define KV_PRINT_MULTIPLIER 0x9e3779b97f4a7c15ull   /* 2^64 / golden ratio */
@@ -4656,7 +4693,7 @@ static inline const unsigned char *kv_tree_get(const struct kv_tree *t,
 
     assert(v);
     assert(!held || kv_delta_count(v) == 0);
-    if (!held && kv_delta_count(v) > 0) value = kv_delta_get(t, v, key);
+    if (!held && !kv_delta_is_empty(v)) value = kv_delta_get(t, v, key);
     return value ? value : kv_tree_find(t, v, key,
                                         !held && !kv_bias_is_on(t));
 }
@@ -5209,9 +5246,9 @@ static void kv_tree_free(struct kv_tree *t)
     if (v) {
         assert(!v->dead);
         kv_tree_free_nodes_locked(t, v->root, 0);
-        kv_free(t->env, v);
+        kv_version_delete(t, v);
     }
-    kv_free(t->env, t->spare);
+    kv_version_delete(t, t->spare);
     kv_pool_free(&t->leaves);
     kv_pool_free(&t->inners);
     pthread_mutex_unlock(&t->lock);
@@ -5231,7 +5268,6 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
     const struct kv_shape *shape = &env->shape;
     size_t slots_bytes = sizeof(struct kv_slot) * KV_SLOTS + KV_CACHE_LINE;
     struct kv_version *v;
-    unsigned char *slots;
 
     assert((uintptr_t)t % KV_CACHE_LINE == 0);
     assert(shape->record_bytes > 0);
@@ -5269,19 +5305,15 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
      * every version has the memory of one. */
     t->delta_cap = (uint32_t)kv_min(KV_BATCH, KV_DELTA_BYTES_MAX
                                     / shape->record_bytes);
-    slots = t->slots_memory = kv_alloc_zeroed(env, slots_bytes);
+    t->slots_memory = kv_alloc_zeroed(env, slots_bytes);
     v = kv_version_new(t);
     /* The version is not the tree's yet, so it is freed by hand. */
-    if (!slots || !v) {
-        kv_free(env, v);
+    if (!t->slots_memory || !v) {
+        kv_version_delete(t, v);
         kv_tree_free(t);
         return kv_fail_memory(err, slots_bytes);
     }
-    /* Room for one line more was asked for, to start at a line. */
-    slots += kv_align_up((uintptr_t)slots, KV_CACHE_LINE) - (uintptr_t)slots;
-    t->slots = (struct kv_slot *)(void *)slots;
-    assert(slots + KV_SLOTS * sizeof *t->slots
-           <= (unsigned char *)t->slots_memory + slots_bytes);
+    t->slots = kv_line_up(t->slots_memory);
     v->gen = 1;                   /* 0 in a slot means that it is free */
     t->oldest = v;
     atomic_store(&t->current, v);
@@ -13542,8 +13574,7 @@ _Static_assert(_Alignof(struct kvmeta) <= KV_CACHE_LINE,
 
 /*
  * A handle that has its memory and its locks, and an empty tree; no file is
- * open. options: normalized. No allocator need align to a cache line, so a
- * line more is asked for.
+ * open. options: normalized.
  */
 static int kv_store_new(const struct kvmeta_options *options,
                         struct kvmeta **out, struct kvmeta_error *err)
@@ -13552,14 +13583,13 @@ static int kv_store_new(const struct kvmeta_options *options,
     struct kv_env env = {.vfs = options->vfs, .realloc_fn = options->realloc_fn,
                          .log_fn = options->log_fn, .user = options->user,
                          .dir = -1};
-    unsigned char *memory = kv_alloc_zeroed(&env, bytes);
+    void *memory = kv_alloc_zeroed(&env, bytes);
     struct kvmeta *db;
     int rc = KVMETA_OK;
 
     assert(options->vfs);         /* the options are normalized */
     if (!memory) return kv_fail_memory(err, bytes);
-    db = (struct kvmeta *)(void *)(memory
-        + (kv_align_up((uintptr_t)memory, KV_CACHE_LINE) - (uintptr_t)memory));
+    db = kv_line_up(memory);
     assert((uintptr_t)db % KV_CACHE_LINE == 0);
     /* From here on kv_store_free can take it apart. */
     db->memory = memory;
