@@ -1511,7 +1511,9 @@ const struct kvmeta_vfs *kvmeta_vfs_posix(void)
  * change has to be undone half way. Two rules make that true: nobody takes
  * nodes but the writer (or the loaders of an open, before there is one); and
  * (N1) a slab is never given back if that left fewer free nodes than are
- * reserved, or than KV_POOL_KEEP.
+ * reserved, or than KV_POOL_KEEP. Nor, after a reservation, what the next one
+ * like it would have to ask for again: slabs that came and went with each
+ * small batch were a tenth of its time.
  *
  * The list of a pool holds the slabs that have a free node, those that were
  * full last in front, the empty ones behind:
@@ -1531,6 +1533,7 @@ enum {
     KV_SLAB_BYTES = 2 << 20,      /* a huge page of x86-64 and AArch64 */
     KV_AHEAD_MIN = 64 << 20,      /* of a pool that gets slabs ahead */
     KV_POOL_KEEP = 64,            /* free nodes that are always kept */
+    KV_POOL_KEEP_MAX = 2048,      /* and at most, for the next reservation */
     KV_LINES_MAX = 5              /* of heads in a node: see "Tree" */
 };
 
@@ -1571,6 +1574,7 @@ struct kv_pool {
     _Atomic size_t free_nodes;
     size_t used_nodes;
     size_t reserved;
+    size_t keep;                  /* free nodes that stay unreserved, too */
     size_t bytes;                 /* of all slabs, without `ahead` */
     _Atomic size_t empty_slabs;
     void *_Atomic ahead;          /* KV_SLAB_BYTES, touched; or NULL */
@@ -1820,7 +1824,8 @@ static void kv_pool_give(struct kv_pool *pool, struct kv_node *node)
  * are empty ones. */
 static void kv_pool_trim(struct kv_pool *pool)
 {
-    size_t keep = (size_t)kv_max(pool->reserved, KV_POOL_KEEP);
+    size_t keep = (size_t)kv_max(kv_max(pool->reserved, pool->keep),
+                                 KV_POOL_KEEP);
     struct kv_slab *next;
 
     for (struct kv_slab *slab = pool->open; slab; slab = next) {
@@ -1829,6 +1834,15 @@ static void kv_pool_trim(struct kv_pool *pool)
         if (slab->used == 0 && pool->free_nodes >= keep + slab->cap)
             kv_pool_drop(pool, slab);
     }
+}
+
+/* What was reserved and not taken is free again. If it was not much, as many
+ * nodes stay free from now on. */
+static void kv_pool_unreserve(struct kv_pool *pool)
+{
+    if (pool->reserved <= KV_POOL_KEEP_MAX)
+        pool->keep = (size_t)kv_max(pool->keep, pool->reserved);
+    pool->reserved = 0;
 }
 
 /* Are so many nodes free, and will they be when they are taken? Without the
@@ -3152,6 +3166,7 @@ static int kv_tree_reserve(struct kv_tree *t, const struct kv_version *v,
     if (!rc)
         rc = kv_pool_reserve_locked(t, &t->inners, inners, limited, err);
     if (rc) t->leaves.reserved = t->inners.reserved = 0;
+    if (rc) t->leaves.keep = t->inners.keep = 0;
     if (rc) kv_tree_trim_locked(t);
     pthread_mutex_unlock(&t->lock);
     return rc;
@@ -4208,13 +4223,13 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
     }
 }
 
-/* What was reserved and not taken is free again. */
+/* Each publish and abort comes to this. */
 static void kv_edit_end_locked(struct kv_edit *e)
 {
     struct kv_tree *t = e->tree;
 
-    t->leaves.reserved = 0;
-    t->inners.reserved = 0;
+    kv_pool_unreserve(&t->leaves);
+    kv_pool_unreserve(&t->inners);
     kv_tree_trim_locked(t);
 }
 
