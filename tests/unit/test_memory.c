@@ -224,11 +224,30 @@ static void an_open_without_memory_leaves_nothing(struct unit *u)
     assert_true(at > 30);
 }
 
+/* Goal: writes that need no memory of their own ask for none: what each of
+ * them reserves is there since the last. Method: replace values in a store
+ * that is small enough for its nodes to come in small pieces. */
+static void overwrites_ask_for_no_memory(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    uint64_t calls;
+    kvmeta *db;
+
+    options.vfs = unit_unsynced(u);
+    db = unit_open(u, &options);
+    unit_fill_random(db, 0, 20000, 1);
+    calls = atomic_load(&u->alloc.calls);
+    unit_fill_random(db, 0, 20000, 2);
+    assert_int_equal(atomic_load(&u->alloc.calls), calls);
+    unit_close(db);
+}
+
 static struct unit_case cases[] = {
     UNIT_CASE(a_flush_without_memory_fails_alone),
     UNIT_CASE(a_flush_without_memory_for_the_footer_fails_alone),
     UNIT_CASE(a_merge_without_memory_fails_alone),
     UNIT_CASE(writes_beside_a_snapshot_without_memory_fail_alone),
+    UNIT_CASE(overwrites_ask_for_no_memory),
     UNIT_CASE(an_open_without_memory_leaves_nothing),
 };
 
