@@ -3172,6 +3172,24 @@ static int kv_tree_reserve(struct kv_tree *t, const struct kv_version *v,
     return rc;
 }
 
+/* Ends a reservation for which no edit was begun. */
+static void kv_tree_unreserve(struct kv_tree *t)
+{
+    pthread_mutex_lock(&t->lock);
+    kv_pool_unreserve(&t->leaves);
+    kv_pool_unreserve(&t->inners);
+    kv_tree_trim_locked(t);
+    pthread_mutex_unlock(&t->lock);
+}
+
+/* Sees to it that the next kv_edit_begin cannot fail; false: there is no
+ * memory. For the writer. */
+static bool kv_tree_spare(struct kv_tree *t)
+{
+    if (!t->spare) t->spare = kv_version_new(t);
+    return t->spare != NULL;
+}
+
 /* Closes the gate, if nobody is inside and nobody holds the version: then
  * nobody but the writer sees the current version until the gate is opened.
  * The slots come first: once they are empty, and the gate is closed,
@@ -4516,8 +4534,7 @@ static const unsigned char *kv_delta_find(const struct kv_tree *t,
 static int kv_delta_reserve(struct kv_tree *t)
 {
     assert(kv_delta_count(kv_tree_current(t)) == 0);
-    if (!t->spare) t->spare = kv_version_new(t);
-    if (!t->spare) return KVMETA_E_NOMEM;
+    if (!kv_tree_spare(t)) return KVMETA_E_NOMEM;
     return kv_tree_reserve(t, kv_tree_current(t), t->delta_cap, true, NULL);
 }
 
@@ -12107,7 +12124,10 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
  *                       -> mark it -> publish it. One frame, and at most one
  *                       sync, for the whole group, also for the buffered
  *                       batches in it. A failure drops the version and what
- *                       was encoded: nothing has changed.
+ *                       was encoded: nothing has changed. A small batch alone
+ *                       is foreseen instead of built, and then, when it is
+ *                       logged and synced, applied in place where no reader
+ *                       looks.
  *   buffered only       write the buffer if the batch has no room in it ->
  *                       apply the batch to the tree, in place where no reader
  *                       looks -> keep its entries in the buffer. One after the
@@ -12127,12 +12147,13 @@ static int kv_wait(struct kvmeta *db, bool (*over)(struct kvmeta *, uint64_t),
  * ========================================================================== */
 
 /* Is the record as the operation says, or absent where it gives no value? What
- * earlier batches of the group have changed counts. */
+ * earlier batches of the group have changed counts: it is in the version. */
 static bool kv_request_expects(const struct kvmeta *db,
-                               const struct kv_edit *edit,
+                               const struct kv_version *version,
                                const struct kvmeta_op *op)
 {
-    const unsigned char *value = kv_edit_find(edit, op->key);
+    const unsigned char *value = kv_tree_find(&db->tree, version, op->key,
+                                              true);
 
     if (!value || !op->value) return !value && !op->value;
     return memcmp(value, op->value, db->env.shape.value_bytes) == 0;
@@ -12140,9 +12161,10 @@ static bool kv_request_expects(const struct kvmeta *db,
 
 /* Tests the expectations and reserves memory: after OK, kv_request_apply
  * cannot fail (C3). All expectations are tested before anything is changed, so
- * a batch cannot refer to what it does itself. An edit in place has its nodes
- * already: see kv_commit_buffered. */
-static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
+ * a batch cannot refer to what it does itself. reserved: the nodes are there
+ * already (see kv_commit_buffered). */
+static int kv_request_check(struct kvmeta *db,
+                            const struct kv_version *version, bool reserved,
                             struct kv_request *r)
 {
     size_t bytes = r->changes * db->log.head.slot_bytes;
@@ -12151,15 +12173,35 @@ static int kv_request_check(struct kvmeta *db, struct kv_edit *edit,
     if (r->changes != r->n) {
         for (size_t i = 0; i < r->n; i++)
             if (r->ops[i].type == KVMETA_OP_EXPECT
-                && !kv_request_expects(db, edit, &r->ops[i]))
+                && !kv_request_expects(db, version, &r->ops[i]))
                 return KVMETA_CONFLICT;
     }
     if (r->changes == 0) return KVMETA_OK;
     rc = kv_log_buffer_reserve(&db->env, &db->buffer, bytes, NULL);
-    if (!rc && !edit->in_place)
-        rc = kv_tree_reserve(&db->tree, edit->version, r->changes, r->puts > 0,
-                             NULL);
+    if (!rc && !reserved)
+        rc = kv_tree_reserve(&db->tree, version, r->changes, r->puts > 0, NULL);
     return rc;
+}
+
+/* The changes that operations ask for, up to `max` of them; *count: how many
+ * it found. Returns how many operations it took. */
+static size_t kv_request_changes(const struct kvmeta_op *ops, size_t n,
+                                 struct kv_change *changes, size_t max,
+                                 size_t *count)
+{
+    size_t taken = 0;
+
+    *count = 0;
+    for (; taken < n && *count < max; taken++) {
+        const struct kvmeta_op *op = &ops[taken];
+
+        if (op->type == KVMETA_OP_EXPECT) continue;
+        changes[*count].key = op->key;
+        changes[*count].value = op->type == KVMETA_OP_REMOVE ? NULL
+            : op->value ? op->value : op->key;
+        ++*count;
+    }
+    return taken;
 }
 
 /* Applies the next of the operations, up to KV_BATCH, and logs what did
@@ -12172,18 +12214,9 @@ static size_t kv_request_apply_some(struct kvmeta *db, struct kv_edit *edit,
 {
     struct kv_change changes[KV_BATCH] = {{NULL, NULL}};
     bool found[KV_BATCH];
-    size_t count = 0;
-    size_t taken = 0;
+    size_t count;
+    size_t taken = kv_request_changes(ops, n, changes, KV_BATCH, &count);
 
-    for (; taken < n && count < KV_BATCH; taken++) {
-        const struct kvmeta_op *op = &ops[taken];
-
-        if (op->type == KVMETA_OP_EXPECT) continue;
-        changes[count].key = op->key;
-        changes[count].value = op->type == KVMETA_OP_REMOVE ? NULL
-            : op->value ? op->value : op->key;
-        count++;
-    }
     assert(taken <= n);
     kv_edit_apply(edit, changes, count, found);
     for (size_t i = 0; i < count; i++) {
@@ -12367,7 +12400,7 @@ static int kv_commit_buffered(struct kvmeta *db, struct kv_request *r,
     }
     rc = kv_edit_begin(&db->tree, &edit, in_place, err);
     if (rc) return rc;
-    rc = kv_request_check(db, &edit, r);
+    rc = kv_request_check(db, edit.version, edit.in_place, r);
     if (rc) {
         kv_edit_abort(&edit);
         return rc;
@@ -12405,7 +12438,7 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
         return;
     }
     for (struct kv_request *r = group; r; r = r->next) {
-        r->rc = kv_request_check(db, &edit, r);
+        r->rc = kv_request_check(db, edit.version, false, r);
         if (!r->rc) kv_request_apply(db, &edit, r);
         seq += r->changed;
         r->seq = seq;
@@ -12427,6 +12460,138 @@ static void kv_commit_private(struct kvmeta *db, struct kv_request *group,
     else
         kv_edit_publish(&edit, seq);
     kv_commit_note(db, sync, seq);
+}
+
+/* Does no key come twice? By a table with open addressing. */
+static bool kv_changes_distinct(const struct kv_tree *t,
+                                const struct kv_change *changes, size_t n)
+{
+    uint8_t table[2 * KV_IN_PLACE_MAX] = {0};    /* 1 + index; 0: free */
+
+    assert(n <= KV_IN_PLACE_MAX);
+    for (size_t i = 0; i < n; i++) {
+        const void *key = changes[i].key;
+        size_t at = kv_delta_print(t, key) >> 1;
+
+        for (;; at++) {
+            uint8_t *slot = &table[at % sizeof table];
+
+            if (*slot && kv_same(changes[*slot - 1].key, key,
+                                 t->env->shape.key_bytes))
+                return false;
+            if (*slot) continue;
+            *slot = (uint8_t)(i + 1);
+            break;
+        }
+    }
+    return true;
+}
+
+/* What a version would change to, without a change: keeps of `n` changes those
+ * that are no removes of what is not there, and returns how many; *digest is
+ * brought up to date. found: for all of them, as kv_edit_apply. Keys must be
+ * distinct, and records not wider than a full delta takes. */
+static size_t kv_changes_foresee(const struct kv_tree *t,
+                                 const struct kv_version *v,
+                                 struct kv_change *changes, size_t n,
+                                 unsigned char *found,
+                                 struct kvmeta_digest *digest)
+{
+    const struct kv_shape *shape = &t->env->shape;
+    unsigned char records[KV_DELTA_BYTES_MAX];
+    unsigned char *values = records + KV_BATCH * shape->key_bytes;
+    size_t kept = 0;
+
+    assert(KV_BATCH * shape->record_bytes <= sizeof records);
+    for (size_t i = 0; i < n; i++) {
+        size_t k = i % KV_BATCH;
+        struct kv_change change = changes[i];
+
+        /* Of the next KV_BATCH keys all that is asked for is on its way. */
+        for (size_t j = 0; k == 0 && j < KV_BATCH && i + j < n; j++)
+            kv_copy(records + j * shape->key_bytes, changes[i + j].key,
+                    shape->key_bytes);
+        if (k == 0)
+            kv_tree_find_many(t, v, records, (size_t)kv_min(KV_BATCH, n - i),
+                              values, found + i);
+        if (found[i])
+            kv_digest_sub(digest, kv_digest_record(
+                shape, change.key, values + k * shape->value_bytes));
+        if (change.value)
+            kv_digest_add(digest, kv_digest_record(shape, change.key,
+                                                   change.value));
+        if (change.value || found[i]) changes[kept++] = change;
+    }
+    return kept;
+}
+
+/* Makes changes that were foreseen and logged, as the next commit: in place if
+ * no reader looks. Nodes and a spare version must have been reserved. */
+static void kv_changes_apply(struct kv_tree *t, const struct kv_change *changes,
+                             size_t n, struct kvmeta_digest digest)
+{
+    uint64_t seq = kv_tree_current(t)->seq + 1;
+    bool found[KV_BATCH];
+    struct kv_edit edit;
+    int rc = kv_edit_begin(t, &edit, true, NULL);
+
+    assert(rc == KVMETA_OK);      /* there is a spare version */
+    (void)rc;
+    for (size_t i = 0; i < n; i += KV_BATCH)
+        kv_edit_apply(&edit, changes + i, (size_t)kv_min(KV_BATCH, n - i),
+                      found);
+    assert(kv_digest_equal(edit.version->digest, digest));
+    (void)digest;
+    kv_edit_publish(&edit, seq);
+}
+
+/*
+ * One small batch: what it will change is foreseen, so that it is logged, and
+ * synced, before the tree is touched, and needs no private version. That saves
+ * the copies, a sixth of the time of a hundred durable puts.
+ *
+ * False: it must go the other way, and nothing has been done of it. That goes
+ * for a batch whose expectations fail, too, since what it has seen may still
+ * have to be synced.
+ */
+static bool kv_commit_ahead(struct kvmeta *db, struct kv_request *r, bool sync)
+{
+    struct kv_tree *t = &db->tree;
+    struct kv_version *now = kv_tree_now(t);
+    struct kvmeta_digest digest = now->digest;
+    struct kv_change changes[KV_IN_PLACE_MAX];
+    unsigned char found[KV_IN_PLACE_MAX];
+    struct kvmeta_error err;
+    size_t n, kept;
+
+    if (r->next || r->n > KV_IN_PLACE_MAX || r->changes == 0
+        || t->delta_cap < KV_BATCH)
+        return false;
+    (void)kv_request_changes(r->ops, r->n, changes, KV_IN_PLACE_MAX, &n);
+    assert(n == r->changes);
+    if (!kv_changes_distinct(t, changes, n)) return false;
+    if (!kv_tree_spare(t) || kv_request_check(db, now, false, r)) return false;
+    kept = kv_changes_foresee(t, now, changes, n, found, &digest);
+    r->found = found[n - 1];
+    if (r->previous && r->found)
+        memcpy(r->previous, kv_tree_find(t, now, r->ops->key, true),
+               db->env.shape.value_bytes);
+    for (size_t i = 0; i < kept; i++)
+        kv_log_buffer_add(&db->env.shape, &db->buffer,
+                          db->log.head.slot_bytes, changes[i].key,
+                          changes[i].value);
+    r->changed = kept > 0;
+    if (r->changed) kv_request_count(db, kept);
+    r->seq = now->seq + r->changed;
+    r->rc = kv_commit_log(db, digest, sync, &err);
+    KV_SCHED_POINT("publish");
+    if (r->rc) kv_log_buffer_drop(&db->buffer);
+    if (r->changed && (!r->rc || KV_MUTANT(14)))
+        kv_changes_apply(t, changes, kept, digest);
+    else
+        kv_tree_unreserve(t);
+    if (!r->rc) kv_commit_note(db, sync, r->seq);
+    return true;
 }
 
 /* A live log with room, for a group that changes something: begins the first
@@ -12476,7 +12641,8 @@ static void kv_commit_group(struct kvmeta *db, struct kv_request *group)
     if (!rc && changes > 0)
         rc = kv_commit_open_log(db, changes * slot, &err);
     if (!rc && !buffered) {
-        kv_commit_private(db, group, sync);
+        if (!kv_commit_ahead(db, group, sync))
+            kv_commit_private(db, group, sync);
         return;
     }
     for (struct kv_request *r = group; r; r = r->next)
