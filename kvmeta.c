@@ -12498,29 +12498,29 @@ static size_t kv_changes_foresee(const struct kv_tree *t,
                                  struct kvmeta_digest *digest)
 {
     const struct kv_shape *shape = &t->env->shape;
-    unsigned char records[KV_DELTA_BYTES_MAX];
-    unsigned char *values = records + KV_BATCH * shape->key_bytes;
+    unsigned char keys[KV_DELTA_BYTES_MAX];      /* and values behind them */
+    unsigned char *values = keys + KV_BATCH * shape->key_bytes;
     size_t kept = 0;
 
-    assert(KV_BATCH * shape->record_bytes <= sizeof records);
-    for (size_t i = 0; i < n; i++) {
-        size_t k = i % KV_BATCH;
-        struct kv_change change = changes[i];
+    assert(KV_BATCH * shape->record_bytes <= sizeof keys);
+    for (size_t from = 0; from < n; from += KV_BATCH) {
+        size_t count = (size_t)kv_min(KV_BATCH, n - from);
 
-        /* Of the next KV_BATCH keys all that is asked for is on its way. */
-        for (size_t j = 0; k == 0 && j < KV_BATCH && i + j < n; j++)
-            kv_copy(records + j * shape->key_bytes, changes[i + j].key,
+        for (size_t i = 0; i < count; i++)
+            kv_copy(keys + i * shape->key_bytes, changes[from + i].key,
                     shape->key_bytes);
-        if (k == 0)
-            kv_tree_find_many(t, v, records, (size_t)kv_min(KV_BATCH, n - i),
-                              values, found + i);
-        if (found[i])
-            kv_digest_sub(digest, kv_digest_record(
-                shape, change.key, values + k * shape->value_bytes));
-        if (change.value)
-            kv_digest_add(digest, kv_digest_record(shape, change.key,
-                                                   change.value));
-        if (change.value || found[i]) changes[kept++] = change;
+        kv_tree_find_many(t, v, keys, count, values, found + from);
+        for (size_t i = 0; i < count; i++) {
+            struct kv_change change = changes[from + i];
+
+            if (found[from + i])
+                kv_digest_sub(digest, kv_digest_record(
+                    shape, change.key, values + i * shape->value_bytes));
+            if (change.value)
+                kv_digest_add(digest, kv_digest_record(shape, change.key,
+                                                       change.value));
+            if (change.value || found[from + i]) changes[kept++] = change;
+        }
     }
     return kept;
 }
