@@ -1599,7 +1599,7 @@ struct kv_node {
 };
 
 _Static_assert(sizeof(struct kv_node) % 8 == 0, "heads must stay aligned");
-_Static_assert(sizeof(struct kv_node) + 8 * (KV_LINES_MAX - 1)
+_Static_assert(sizeof(struct kv_node) + sizeof(int64_t) * (KV_LINES_MAX - 1)
                <= KV_CACHE_LINE, "header and index fill the first line");
 #if KV_X86
 _Static_assert(sizeof(struct kv_node) == 32, "vectors of heads are aligned");
@@ -3366,8 +3366,8 @@ static void kv_rows_move(const struct kv_tree *t, struct kv_node *to,
     size_t row_bytes = kv_layout_of(t, to)->row_bytes;
 
     assert(to->level == from->level);
-    assert(to_i + n <= 8 * kv_layout_of(t, to)->lines);
-    assert(from_i + n <= 8 * kv_layout_of(t, from)->lines);
+    assert(to_i + n <= (size_t)8 * kv_layout_of(t, to)->lines);
+    assert(from_i + n <= (size_t)8 * kv_layout_of(t, from)->lines);
     memmove(kv_heads(to) + to_i, kv_heads(from) + from_i, 8 * n);
     if (row_bytes)
         memmove(kv_row(t, to, to_i), kv_row(t, from, from_i), n * row_bytes);
@@ -3425,9 +3425,11 @@ static void kv_leaf_pack(const struct kv_tree *t, struct kv_node *leaf)
 static void kv_leaf_spread(const struct kv_tree *t, struct kv_node *leaf)
 {
     size_t lines = t->leaf.lines;
-    size_t each = leaf->count / lines;
-    size_t more = leaf->count % lines;
+    size_t each, more;
 
+    assert(lines > 0);
+    each = leaf->count / lines;
+    more = leaf->count % lines;
     for (size_t b = lines; b-- > 0;) {
         size_t fill = each + (b < more);
         size_t n = b * each + (size_t)kv_min(b, more);

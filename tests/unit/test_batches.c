@@ -410,6 +410,7 @@ static void memory_bytes_max_is_kept(struct unit *u)
         count += rc == KVMETA_OK;
     }
     unit_is(rc, KVMETA_E_LIMIT);
+    unit_is(kvmeta_put(db, key, key, KVMETA_WRITTEN), KVMETA_E_LIMIT);
     assert_true(count > 1000);
     unit_same_digest(kvmeta_digest(db), digest);
     assert_true(kvmeta_count(db) == count);

@@ -1287,6 +1287,67 @@ static void readers_alone_are_biased(struct unit *u)
     unit_close(db);
 }
 
+/* One durable batch of puts of the keys from..from+99 in a store that nobody
+ * reads, with the values of `salt`; or of removes. */
+static void write_hundred(kvmeta *db, uint64_t from, uint64_t salt,
+                          int type)
+{
+    unsigned char keys[100][8], values[100][8];
+    struct kvmeta_op ops[100];
+    uint64_t i;
+
+    for (i = 0; i < 100; i++) {
+        unit_key(8, from + i, keys[i]);
+        unit_value(8, from + i + salt, values[i]);
+        ops[i].type = type;
+        ops[i].key = keys[i];
+        ops[i].value = values[i];
+    }
+    unit_ok(kvmeta_write(db, ops, 100, KVMETA_DURABLE, NULL));
+}
+
+/* Goal: a small durable batch alone needs no private version if nobody reads,
+ * and leaves nothing reserved, whether it changes something or not. With a key
+ * that comes twice it needs one, and the last value wins. */
+static void a_small_durable_batch_is_made_in_place(struct unit *u)
+{
+    struct kvmeta_options options = unit_quiet(u);
+    kvmeta *db = unit_open(u, &options);
+    struct kv_tree *t = &db->tree;
+    unsigned char keys[2][8], value[8];
+    struct kvmeta_op twice[3];
+    uint64_t copied, in_place, seq = 0;
+
+    unit_fill(db, 0, 300, 0, KVMETA_DURABLE);
+    copied = t->copied;
+    in_place = t->in_place;
+    write_hundred(db, 100, 1000, KVMETA_OP_PUT);
+    write_hundred(db, 1000, 0, KVMETA_OP_REMOVE);
+    write_hundred(db, 200, 0, KVMETA_OP_REMOVE);
+    assert_true(t->copied == copied);
+    assert_true(t->in_place == in_place + 2);
+    assert_true(t->leaves.reserved == 0);
+    assert_true(t->inners.reserved == 0);
+    unit_holds(db, 0, 100, 0);
+    unit_holds(db, 100, 200, 1000);
+    assert_int_equal(kvmeta_count(db), 200);
+
+    unit_key(8, 5, keys[0]);
+    unit_key(8, 6, keys[1]);
+    for (int i = 0; i < 3; i++) {
+        twice[i].type = KVMETA_OP_PUT;
+        twice[i].key = keys[i % 2];
+        twice[i].value = keys[i % 2];
+    }
+    twice[2].value = keys[1];            /* of the first key, again */
+    unit_ok(kvmeta_write(db, twice, 3, KVMETA_DURABLE, &seq));
+    assert_true(t->copied == copied + 1);
+    unit_ok(kvmeta_get(db, keys[0], value));
+    assert_memory_equal(value, keys[1], 8);
+    unit_ok(kvmeta_verify(db, NULL));
+    unit_close(db);
+}
+
 /* After the first key has been looked up, and before the second. */
 static void put_two_more(void)
 {
@@ -1503,6 +1564,7 @@ static struct unit_case cases[] = {
     UNIT_CASE(a_forked_child_waits_for_nobody),
     UNIT_CASE(a_group_reserves_for_the_tree_that_it_builds),
     UNIT_CASE(readers_alone_are_biased),
+    UNIT_CASE(a_small_durable_batch_is_made_in_place),
     UNIT_CASE(a_get_many_of_nothing_in_nothing_touches_nothing),
     UNIT_CASE(a_get_many_sees_one_state_beside_buffered_puts),
     UNIT_CASE(the_worker_sleeps_until_the_first_thing_is_due),
