@@ -483,15 +483,15 @@ kvmeta_snapshot_digest(const kvmeta_snapshot *snapshot);
  * KVMETA_NOT_FOUND until it is placed anew. KVMETA_E_NOMEM at open.
  *
  * The fields are for the inline functions below, which spare a scan three
- * calls a record, a quarter of its time. They are not for callers, and change
- * from release to release.
+ * calls a record, a quarter of its time; who cannot inline them finds them in
+ * the library. The fields are not for callers, and may change with a release.
  */
 struct kvmeta_cursor {
     unsigned char *key;           /* put together there; NULL on no record */
     const unsigned char *value;   /* NULL on no record */
     const unsigned char *place;   /* which head and row of the leaf it is */
     const unsigned char *last;    /* the last of the leaf's places */
-    const int64_t *heads;         /* first 8 bytes of keys, the top bit over */
+    const int64_t *heads;         /* first 8 bytes of keys, top bit flipped */
     const unsigned char *rows;    /* rest of a key, value */
     size_t row_bytes;
     size_t tail_bytes;            /* the rest of a key */
