@@ -3682,6 +3682,7 @@ static struct kv_node *kv_edit_descend(struct kv_edit *e, struct kv_probe p,
     }
     if (v->height > 1 && kv_node_full(t, v->root)) kv_edit_raise(e);
     node = kv_edit_own(e, &v->root);
+    assert(node->level + 1u == v->height);
     while (node->level > 0) {
         size_t i = kv_inner_child(t, node, p);
         struct kv_node *child = kv_children(t, node)[i];
@@ -4135,7 +4136,7 @@ static size_t kv_edit_append(struct kv_edit *e, const struct kv_change *changes,
             break;
         /* The search copies or splits the path, or makes room, after which
          * there is a last leaf that takes more. */
-        if (leaf->gen != v->gen || last + 1 == 8 * t->leaf.lines) {
+        if (leaf->gen != v->gen || last + 1 == (size_t)8 * t->leaf.lines) {
             (void)kv_edit_put(e, probes[i], key, value);
             leaf = kv_tree_last_leaf(t, v);
             last = kv_leaf_last(t, leaf);
@@ -12501,10 +12502,10 @@ static size_t kv_changes_foresee(const struct kv_tree *t,
 {
     const struct kv_shape *shape = &t->env->shape;
     unsigned char keys[KV_DELTA_BYTES_MAX];      /* and values behind them */
-    unsigned char *values = keys + KV_BATCH * shape->key_bytes;
+    unsigned char *values = keys + (size_t)KV_BATCH * shape->key_bytes;
     size_t kept = 0;
 
-    assert(KV_BATCH * shape->record_bytes <= sizeof keys);
+    assert(shape->record_bytes <= sizeof keys / KV_BATCH);
     for (size_t from = 0; from < n; from += KV_BATCH) {
         size_t count = (size_t)kv_min(KV_BATCH, n - from);
 
@@ -12561,7 +12562,7 @@ static bool kv_commit_ahead(struct kvmeta *db, struct kv_request *r, bool sync)
     struct kv_tree *t = &db->tree;
     struct kv_version *now = kv_tree_now(t);
     struct kvmeta_digest digest = now->digest;
-    struct kv_change changes[KV_IN_PLACE_MAX];
+    struct kv_change changes[KV_IN_PLACE_MAX] = {{NULL, NULL}};
     unsigned char found[KV_IN_PLACE_MAX];
     struct kvmeta_error err;
     size_t n, kept;
