@@ -4765,7 +4765,9 @@ static void kv_tree_get_many(const struct kv_tree *t,
  * Cursors
  *
  * A path through a held version. Moving within a leaf touches the cursor
- * only. Carries (K1): i < n, the records of the leaf, or n is 0.
+ * only, and is done by the inline functions of kvmeta.h. Carries (K1): either
+ * at.place points to one of the leaf's places, from c->places to at.last, or
+ * the cursor is on no record, and at.key is NULL and at.place == at.last.
  *
  * The version is held by whoever made the cursor, so it has an empty delta
  * and does not change (D4): a cursor takes no lock, cannot fail, and owns
@@ -4782,7 +4784,7 @@ static void kv_tree_get_many(const struct kv_tree *t,
  *                             \
  *     level 1            [ . . . Y ]       path.index[1] = 3: the last
  *                               \
- *     level 0          [ r r r r r R ]     i = 5 of n = 6: the last
+ *     level 0          [ r r r r r R ]     at.place == at.last
  *
  * From R, next climbs to level 2, the lowest that has a child to the right of
  * the path, steps to index 3 there, and falls to the first record below it.
@@ -4801,7 +4803,7 @@ struct kv_cursor {
     unsigned char key[KVMETA_KEY_BYTES_MAX + 8];
 };
 
-/* Also what next and prev find on no record: no place to go on from. */
+/* On no record (K1). As place == last, next has no step within a leaf. */
 static void kv_cursor_leave(struct kv_cursor *c)
 {
     c->at.key = NULL;
