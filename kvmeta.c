@@ -3172,13 +3172,18 @@ static int kv_tree_reserve(struct kv_tree *t, const struct kv_version *v,
     return rc;
 }
 
-/* Ends a reservation for which no edit was begun. */
-static void kv_tree_unreserve(struct kv_tree *t)
+/* Ends a reservation: what was not taken of it is free again. */
+static void kv_tree_unreserve_locked(struct kv_tree *t)
 {
-    pthread_mutex_lock(&t->lock);
     kv_pool_unreserve(&t->leaves);
     kv_pool_unreserve(&t->inners);
     kv_tree_trim_locked(t);
+}
+
+static void kv_tree_unreserve(struct kv_tree *t)
+{
+    pthread_mutex_lock(&t->lock);
+    kv_tree_unreserve_locked(t);
     pthread_mutex_unlock(&t->lock);
 }
 
@@ -4244,16 +4249,6 @@ static void kv_edit_apply(struct kv_edit *e, const struct kv_change *changes,
     }
 }
 
-/* Each publish and abort comes to this. */
-static void kv_edit_end_locked(struct kv_edit *e)
-{
-    struct kv_tree *t = e->tree;
-
-    kv_pool_unreserve(&t->leaves);
-    kv_pool_unreserve(&t->inners);
-    kv_tree_trim_locked(t);
-}
-
 /* Frees as much as the edit has replaced, and then some: what is no longer
  * seen must not pile up behind large batches. In rounds, between which others
  * get the lock. What a reader is in the way of stays for a later edit. */
@@ -4266,7 +4261,7 @@ static void kv_edit_reclaim(struct kv_edit *e, size_t buried)
     for (; more && rounds > 0; rounds--) {
         pthread_mutex_lock(&t->lock);
         more = kv_tree_reclaim_locked(t);
-        kv_edit_end_locked(e);
+        kv_tree_unreserve_locked(t);
         pthread_mutex_unlock(&t->lock);
     }
 }
@@ -4373,7 +4368,7 @@ static void kv_edit_abort(struct kv_edit *e)
     }
     pthread_mutex_lock(&t->lock);
     kv_tree_free_nodes_locked(t, e->version->root, e->version->gen);
-    kv_edit_end_locked(e);
+    kv_tree_unreserve_locked(t);
     pthread_mutex_unlock(&t->lock);
     kv_version_delete(t, e->version);
 }
@@ -5351,6 +5346,8 @@ static int kv_tree_init(struct kv_tree *t, struct kv_env *env,
         return kv_fail_memory(err, slots_bytes);
     }
     t->slots = kv_line_up(t->slots_memory);
+    assert((unsigned char *)(t->slots + KV_SLOTS)
+           <= (unsigned char *)t->slots_memory + slots_bytes);
     v->gen = 1;                   /* 0 in a slot means that it is free */
     t->oldest = v;
     atomic_store(&t->current, v);
